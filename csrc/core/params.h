@@ -1,0 +1,99 @@
+// What a scan gets: raw pointers and strides (in elements), no tensor. All buffers belong to the caller.
+#pragma once
+
+#include <cstdint>
+
+#include "core/activation.h"
+
+namespace fastrnn {
+
+// Which rows a scan visits, and where they lie. T steps, N rows of the batch.
+struct Rows {
+  int64_t steps = 0;                   // T
+  int64_t batch = 0;                   // N
+  const int64_t* offset = nullptr;     // [T] the row of (t, n) is offset[t] + n * batch_stride
+  int64_t batch_stride = 0;            //
+  const int64_t* active = nullptr;     // [T] step t visits order[0 .. active[t]); not increasing
+  const int64_t* order = nullptr;      // [N] rows of the batch, longest first
+  const int64_t* length = nullptr;     // [N] valid steps
+  const bool* reset = nullptr;         // [T, N] or null: a new sequence starts here
+  int64_t reset_step_stride = 0;       //
+  int64_t reset_batch_stride = 0;      //
+
+  FASTRNN_INLINE int64_t row(int64_t t, int64_t n) const { return offset[t] + n * batch_stride; }
+  FASTRNN_INLINE bool resets(int64_t t, int64_t n) const {
+    return reset != nullptr && reset[t * reset_step_stride + n * reset_batch_stride];
+  }
+  // Does a state flow into step t of row n from the step before it in the scan's direction?
+  FASTRNN_INLINE bool flows(int64_t t, int64_t n, bool reverse) const {
+    return reverse ? t + 1 < length[n] && !resets(t + 1, n) : t > 0 && !resets(t, n);
+  }
+  // Does the initial state of row n enter at step t?
+  FASTRNN_INLINE bool enters(int64_t t, int64_t n, bool reverse) const {
+    return reverse ? t == length[n] - 1 : t == 0 && !resets(0, n);
+  }
+  // Is t the step whose state is the final state of row n?
+  FASTRNN_INLINE bool last(int64_t t, int64_t n, bool reverse) const { return t == (reverse ? 0 : length[n] - 1); }
+};
+
+// How the recurrent projection of a step is computed.
+enum class Recurrent {
+  kPacked,   // register tiles over weights that the scan packs first
+  kNatural,  // dot products over the weights as they lie (one step, few rows); the input projection too
+  kProduct,  // by the caller, ahead of the scan (one step, many rows)
+};
+
+// Dimensions of one layer. `outputs` is P if projected, else H.
+struct LayerShape {
+  int64_t inputs = 0;   // I
+  int64_t units = 0;    // H
+  int64_t outputs = 0;  // P or H
+  bool projected = false;
+};
+
+// One direction, forward.
+template <class T>
+struct ForwardParams {
+  bool reverse = false;
+  const T* w_hh = nullptr;       // [G*H, outputs]
+  const T* w_hr = nullptr;       // [P, H] or null
+  const T* bias = nullptr;       // [(G+S)*H] b_ih + b_hh; for separate gates b_ih, and b_hh behind the gates
+  const T* w_ih = nullptr;       // [G*H, I]      kNatural only
+  const T* input = nullptr;      // [rows, I]     kNatural only
+  const T* product = nullptr;    // [N, G*H]      kProduct only: W_hh h_0
+  const T* h0 = nullptr;         // [N, outputs] or null: zeros
+  const T* c0 = nullptr;         // [N, H] or null: zeros
+  T* gates = nullptr;            // [rows, gates_stride] in: the input projection; out, with save: the reserve
+  int64_t gates_stride = 0;      //
+  bool save = false;             //
+  T* output = nullptr;           // [rows, output_stride]
+  int64_t output_stride = 0;     //
+  T* cells = nullptr;            // [rows, cells_stride] or null: c of every step
+  int64_t cells_stride = 0;      //
+  T* h_n = nullptr;              // [N, outputs]
+  T* c_n = nullptr;              // [N, H] or null
+};
+
+// One direction, backward.
+template <class T>
+struct BackwardParams {
+  bool reverse = false;
+  const T* w_hh = nullptr;              // [G*H, outputs]
+  const T* w_hr = nullptr;              // [P, H] or null
+  const T* reserve = nullptr;           // [rows, reserve_stride]
+  int64_t reserve_stride = 0;           //
+  const T* previous_h = nullptr;        // [rows, outputs] the h that entered each step, zeros where none did
+  const T* c0 = nullptr;                // [N, H] or null: zeros
+  const T* grad_output = nullptr;       // [rows, grad_output_stride] or null
+  int64_t grad_output_stride = 0;       //
+  const T* grad_cells = nullptr;        // [rows, grad_cells_stride] or null
+  int64_t grad_cells_stride = 0;        //
+  const T* grad_h_n = nullptr;          // [N, outputs] or null
+  const T* grad_c_n = nullptr;          // [N, H] or null
+  T* grad_gates = nullptr;              // [rows, (G+S)*H] out, valid rows only
+  T* grad_projected = nullptr;          // [rows, P] out (projected only)
+  T* carry = nullptr;                   // [N, H] out: dc_0, or what flows to h_0 element by element
+  T* grad_first = nullptr;              // [N, G*H] out: recurrent gate gradients of each row's first step, zeros if none
+};
+
+}  // namespace fastrnn

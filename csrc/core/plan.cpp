@@ -1,0 +1,61 @@
+#include "core/plan.h"
+
+#include <algorithm>
+
+namespace fastrnn {
+namespace {
+
+// One core, in operations a microsecond: half of what a tile reaches, so that threads are not called too early.
+constexpr double kFlopsPerMicrosecond = 50e3;
+constexpr double kRegionMicroseconds = 4;     // to open a parallel region
+constexpr double kBarrierMicroseconds = 0.3;  // one barrier, the other core a little late
+constexpr int64_t kNaturalRows = 4;           // dot products read the weights once a row: few rows only
+constexpr int64_t kFullTile = 6;              // rows of a register tile
+constexpr int64_t kUnitsPerShare = 16;        // what a member must get of the units to be of use
+
+}  // namespace
+
+CpuPlan plan_cpu(const CpuProblem& p, const CpuMachine& machine) {
+  CpuPlan plan;
+  const LayerShape& s = p.shape;
+  const bool one_step = p.steps == 1 && !p.backward;
+  if (one_step && p.batch <= kNaturalRows) {
+    plan.recurrent = Recurrent::kNatural;
+  } else if (one_step && !s.projected) {
+    plan.recurrent = Recurrent::kProduct;
+  }
+
+  const int threads = machine.threads;
+  if (threads <= 1) return plan;
+  const double inputs = plan.recurrent == Recurrent::kNatural ? static_cast<double>(s.inputs) : 0;
+  double step = 2.0 * static_cast<double>(p.batch * s.units) *
+                (p.gates * (inputs + (plan.recurrent == Recurrent::kProduct ? 0.0 : static_cast<double>(s.outputs))) +
+                 (s.projected ? static_cast<double>(s.outputs) : 0.0)) /
+                kFlopsPerMicrosecond;
+  step += 0.002 * static_cast<double>(p.batch * s.units * p.gates) / 4;  // the cell itself
+  const double alone = step * static_cast<double>(p.steps * p.directions);
+  if (alone < 2 * kRegionMicroseconds) return plan;
+
+  // Two directions need nothing from each other.
+  const int per_direction = std::max(1, threads / p.directions);
+  if (p.directions == 2) plan.threads = 2;
+  if (per_direction == 1) return plan;
+
+  const int64_t weight_bytes = p.gates * s.units * s.outputs * p.element_size;
+  const bool full_tiles = p.batch >= per_direction * kFullTile;
+  const bool weights_fit = weight_bytes <= machine.l2_bytes / 2;
+  const int unit_shares = static_cast<int>(std::min<int64_t>(per_direction, s.units / kUnitsPerShare));
+  const double barriers = kBarrierMicroseconds * (s.projected ? 2 : 1);
+  const bool units_pay = unit_shares > 1 && step / unit_shares + barriers < 0.9 * step;
+  // Rows of unequal length would leave members of a shared batch idle.
+  const bool batch_pays = p.batch >= per_direction && !p.ragged && !(units_pay && !(full_tiles && weights_fit));
+  if (batch_pays) {
+    plan.threads = per_direction * p.directions;
+  } else if (units_pay) {
+    plan.shard_units = true;
+    plan.threads = unit_shares * p.directions;
+  }
+  return plan;
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,34 @@
+// The choice of algorithm: a pure function of the cell, the shape and the machine, testable without either.
+#pragma once
+
+#include <cstdint>
+
+#include "core/params.h"
+
+namespace fastrnn {
+
+struct CpuMachine {
+  int threads = 1;         // that may be used
+  int64_t l2_bytes = 0;    // of one core
+};
+
+struct CpuProblem {
+  int gates = 1;           // G
+  int64_t steps = 1;       // T
+  int64_t batch = 1;       // N
+  LayerShape shape;
+  int directions = 1;      // D
+  int element_size = 4;    // bytes
+  bool ragged = false;     // lengths, or a packed batch
+  bool backward = false;
+};
+
+struct CpuPlan {
+  Recurrent recurrent = Recurrent::kPacked;
+  int threads = 1;           // of the region, all directions together
+  bool shard_units = false;  // members share the units, with a barrier a step; else they share the batch
+};
+
+CpuPlan plan_cpu(const CpuProblem& problem, const CpuMachine& machine);
+
+}  // namespace fastrnn

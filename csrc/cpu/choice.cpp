@@ -1,0 +1,71 @@
+// What the rest of the library knows of the kernels: the traits of the cells, and the best table for this machine.
+#include <unistd.h>
+
+#include <cstdlib>
+#include <stdexcept>
+
+#include "core/cells/gru.h"
+#include "core/cells/lstm.h"
+#include "core/cells/rnn.h"
+#include "cpu/kernels.h"
+
+namespace fastrnn {
+
+extern const CpuKernels kernels_default;
+#ifdef FASTRNN_X86
+extern const CpuKernels kernels_avx2;
+extern const CpuKernels kernels_avx512;
+#endif
+
+namespace {
+
+template <class Cell>
+constexpr CellTraits traits_of() {
+  return {Cell::kGates, Cell::kSeparate, Cell::kSaved, kStates<Cell>, Cell::kState == ElementState::kHidden};
+}
+
+template <class... Cells>
+const CellTraits& traits_among(CellKind kind) {
+  static_assert(sizeof...(Cells) == kCellKinds);
+  static constexpr CellTraits kTraits[] = {traits_of<Cells>()...};
+  return kTraits[static_cast<int>(kind)];
+}
+
+const CpuKernels& choose() {
+  const char* variable = std::getenv("FASTRNN_CPU_CAPABILITY");
+  const std::string wanted = variable == nullptr ? "" : variable;
+  if (!wanted.empty() && wanted != "avx512" && wanted != "avx2" && wanted != "default") {
+    throw std::invalid_argument("FASTRNN_CPU_CAPABILITY should be 'avx512', 'avx2' or 'default', got '" + wanted + "'");
+  }
+#ifdef FASTRNN_X86
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  // the variable lowers the choice; what the machine lacks can't be asked for
+  if (avx512 && (wanted.empty() || wanted == "avx512")) return kernels_avx512;
+  if (avx2 && wanted != "default") return kernels_avx2;
+#endif
+  return kernels_default;
+}
+
+}  // namespace
+
+const CellTraits& traits(CellKind kind) {
+  return traits_among<RnnCell<Tanh>, RnnCell<Relu>, LstmCell<>, GruCell<>>(kind);
+}
+
+const CpuKernels& cpu_kernels() {
+  static const CpuKernels& kernels = choose();
+  return kernels;
+}
+
+int64_t l2_cache_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return 1 << 20;
+}
+
+}  // namespace fastrnn

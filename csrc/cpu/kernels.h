@@ -1,0 +1,62 @@
+// The scans, compiled once per ISA, behind one table; the choice of the table at run time.
+#pragma once
+
+#include <string>
+
+#include "core/params.h"
+#include "core/plan.h"
+
+namespace fastrnn {
+
+enum class CellKind { kRnnTanh, kRnnRelu, kLstm, kGru };
+inline constexpr int kCellKinds = 4;
+
+// What the rest of the library must know of a cell.
+struct CellTraits {
+  int gates = 0;         // G
+  int separate = 0;      // S
+  int saved = 0;         // columns of the reserve, in units of H
+  int states = 0;        // h, and c where there is one
+  bool carries_h = false;  // part of a step's gradient flows to h_{t-1} element by element
+};
+const CellTraits& traits(CellKind kind);
+
+struct Scan {
+  CellKind kind;
+  LayerShape shape;
+  Rows rows;
+  CpuPlan plan;
+  int directions = 1;
+};
+
+template <class T>
+struct ScanKernels {
+  int64_t (*forward_scratch)(const Scan&);                            // bytes
+  void (*forward)(const Scan&, const ForwardParams<T>*, void*);       // [directions], scratch
+  int64_t (*backward_scratch)(const Scan&);                           // bytes
+  void (*backward)(const Scan&, const BackwardParams<T>*, void*);     // [directions], scratch
+};
+
+struct CpuKernels {
+  const char* name;
+  ScanKernels<float> f32[kCellKinds];
+  ScanKernels<double> f64[kCellKinds];
+
+  template <class T>
+  const ScanKernels<T>& get(CellKind kind) const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      return f32[static_cast<int>(kind)];
+    } else {
+      return f64[static_cast<int>(kind)];
+    }
+  }
+};
+
+// The table of the best ISA that this machine has and FASTRNN_CPU_CAPABILITY (avx512, avx2, default) allows. Throws
+// std::invalid_argument for any other value of the variable.
+const CpuKernels& cpu_kernels();
+
+// L2 of one core in bytes, a guess of 1 MiB where the system does not say.
+int64_t l2_cache_bytes();
+
+}  // namespace fastrnn

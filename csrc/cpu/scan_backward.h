@@ -1,0 +1,278 @@
+// The backward scan: the gradients of the gate pre-activations, step by step against the scan's direction. The gradients
+// of weights, biases and input are GEMMs over all steps, and not done here.
+#pragma once
+
+#include "cpu/scan_common.h"
+
+namespace fastrnn {
+inline namespace CPU_CAPABILITY {
+
+template <class Cell, class T>
+class BackwardScan {
+  using V = Vec<T>;
+  static constexpr int kLanes = V::size();
+  static constexpr int kGates = Cell::kGates, kSeparate = Cell::kSeparate;
+  static constexpr int kGradients = kGates + kSeparate;  // columns of grad_gates, in units of H
+  static constexpr int kVectors = 4;
+  static constexpr int64_t kWidth = kVectors * kLanes;
+  static constexpr int kTileRows = max_rows(kVectors);
+  static constexpr ElementState kState = Cell::kState;
+
+  // Where one row of the batch finds and leaves things in one step.
+  struct Row {
+    const T* next_gates;   // [(G+S)*H] gate gradients of the step that h_t flows into, or zeros
+    const T* saved;        // [kSaved*H]
+    const T* previous;     // [H] the element state that entered the step
+    const T* grad_output;  // [outputs] or null
+    const T* grad_h_n;     // [outputs] or null
+    const T* grad_c_n;     // [H] or null
+    const T* grad_cells;   // [H] or null
+    const T* carry_in;     // [H] or null
+    T* carry;              // [H]
+    T* grad_gates;         // [(G+S)*H]
+    T* grad_projected;     // [P] projected only
+  };
+
+  struct Scratch {
+    T* packed;      // [blocks of outputs][G*H][kVectors][lanes]
+    T* projection;  // [blocks of H][P][kVectors][lanes]
+    T* zeros;       // [max((G+S)*H, outputs)]
+    Row* rows;      // [members][N]
+  };
+
+ public:
+  static int64_t scratch_bytes(const Scan& scan) {
+    Arena arena(nullptr);
+    for (int d = 0; d < scan.directions; ++d) lay_out(scan, arena);
+    return arena.used();
+  }
+
+  static void run(const Scan& scan, const BackwardParams<T>* params, void* memory) {
+    Arena arena(memory);
+    Scratch scratch[kMaxDirections];
+    for (int d = 0; d < scan.directions; ++d) scratch[d] = lay_out(scan, arena);
+    run_directions(scan, [&](int d, const Place& place) { BackwardScan(scan, params[d], scratch[d], place).run(); });
+  }
+
+ private:
+  const Scan& scan_;
+  const LayerShape& shape_;
+  const Rows& rows_;
+  const BackwardParams<T>& p_;
+  const Scratch& s_;
+  const Place& place_;
+
+  BackwardScan(const Scan& scan, const BackwardParams<T>& params, const Scratch& scratch, const Place& place)
+      : scan_(scan), shape_(scan.shape), rows_(scan.rows), p_(params), s_(scratch), place_(place) {}
+
+  static int64_t zeros_width(const LayerShape& shape) { return std::max(kGradients * shape.units, shape.outputs); }
+
+  static Scratch lay_out(const Scan& scan, Arena& arena) {
+    const LayerShape& shape = scan.shape;
+    Scratch s;
+    // a single step has no recurrent product: nothing to pack
+    s.packed = arena.take<T>(scan.rows.steps > 1 ? blocks(shape.outputs, kWidth) * kGates * shape.units * kWidth : 0);
+    s.projection = arena.take<T>(shape.projected ? blocks(shape.units, kWidth) * shape.outputs * kWidth : 0);
+    s.zeros = arena.take<T>(zeros_width(shape));
+    s.rows = arena.take<Row>(scan.plan.threads * scan.rows.batch);
+    return s;
+  }
+
+  int64_t unit_blocks() const { return blocks(shape_.units, kWidth); }
+  int64_t output_blocks() const { return blocks(shape_.outputs, kWidth); }
+
+  void run() const {
+    prepare();
+    place_.wait();
+    Row* rows = s_.rows + place_.member * rows_.batch;
+    for (int64_t s = 0; s < rows_.steps; ++s) {
+      const int64_t t = p_.reverse ? s : rows_.steps - 1 - s;
+      const int64_t count = find_rows(t, rows);
+      if (shape_.projected) {
+        if (count > 0) phase<true>(s, rows, count);
+        place_.wait_for_units();
+        if (count > 0) projection_phase(s, rows, count);
+      } else if (count > 0) {
+        phase<false>(s, rows, count);
+      }
+      place_.wait_for_units();
+    }
+    finish_rows();
+  }
+
+  void prepare() const {
+    if (place_.member == 0) std::fill_n(s_.zeros, zeros_width(shape_), T(0));
+    if (rows_.steps > 1) {
+      const Range range = share(output_blocks(), place_.member, place_.members);
+      for (int64_t b = range.begin; b < range.end; ++b) {
+        pack_columns<kVectors>(p_.w_hh, shape_.outputs, kGates * shape_.units, b,
+                               s_.packed + b * kGates * shape_.units * kWidth);
+      }
+    }
+    if (shape_.projected) {
+      const Range range = share(unit_blocks(), place_.member, place_.members);
+      for (int64_t b = range.begin; b < range.end; ++b) {
+        pack_columns<kVectors>(p_.w_hr, shape_.units, shape_.outputs, b, s_.projection + b * shape_.outputs * kWidth);
+      }
+    }
+  }
+
+  int64_t find_rows(int64_t t, Row* rows) const {
+    const Range range = place_.rows(rows_.batch);
+    const int64_t end = std::min(range.end, rows_.active[t]);
+    const int64_t outputs = shape_.outputs, units = shape_.units;
+    const int64_t next = p_.reverse ? t - 1 : t + 1, before = p_.reverse ? t + 1 : t - 1;
+    for (int64_t i = range.begin; i < end; ++i) {
+      const int64_t n = rows_.order[i], row = rows_.row(t, n);
+      const bool last = rows_.last(t, n, p_.reverse);
+      const bool flows_on = !last && rows_.flows(next, n, p_.reverse);
+      Row& r = rows[i - range.begin];
+      r.next_gates = flows_on ? p_.grad_gates + rows_.row(next, n) * kGradients * units : s_.zeros;
+      r.carry = p_.carry + n * units;
+      r.carry_in = flows_on ? r.carry : nullptr;
+      r.saved = p_.reserve + row * p_.reserve_stride;
+      if constexpr (kState == ElementState::kCell) {
+        r.previous = rows_.flows(t, n, p_.reverse)
+                         ? p_.reserve + rows_.row(before, n) * p_.reserve_stride + (Cell::kSaved - 1) * units
+                     : rows_.enters(t, n, p_.reverse) && p_.c0 != nullptr ? p_.c0 + n * units
+                                                                          : s_.zeros;
+      } else {
+        r.previous = p_.previous_h + row * outputs;
+      }
+      r.grad_output = p_.grad_output == nullptr ? nullptr : p_.grad_output + row * p_.grad_output_stride;
+      r.grad_cells = p_.grad_cells == nullptr ? nullptr : p_.grad_cells + row * p_.grad_cells_stride;
+      r.grad_h_n = last && p_.grad_h_n != nullptr ? p_.grad_h_n + n * outputs : nullptr;
+      r.grad_c_n = last && p_.grad_c_n != nullptr ? p_.grad_c_n + n * units : nullptr;
+      r.grad_gates = p_.grad_gates + row * kGradients * units;
+      r.grad_projected = shape_.projected ? p_.grad_projected + row * outputs : nullptr;
+    }
+    return std::max<int64_t>(0, end - range.begin);
+  }
+
+  // grad_h_t for one block of its columns. Unprojected, these are units, and the cell follows while it is in registers.
+  template <bool kProjected>
+  void phase(int64_t s, const Row* rows, int64_t count) const {
+    zigzag(place_.blocks(output_blocks()), s, [&](int64_t block) {
+      for_row_tiles<kTileRows>(
+          count, [&]<int kRows>(int64_t first) { hidden_tile<kRows, kProjected>(rows + first, block, s > 0); });
+    });
+  }
+
+  template <int kRows, bool kProjected>
+  void hidden_tile(const Row* rows, int64_t block, bool recurrent) const {
+    const int64_t outputs = shape_.outputs, units = shape_.units;
+    V sum[kRows][kVectors];
+    const T* gates[kRows];
+    const T* separate[kRows];
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) {
+      const Row& row = rows[r];
+      gates[r] = row.next_gates;
+      separate[r] = row.next_gates + kGates * units;
+#pragma GCC unroll 32
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t j = block * kWidth + v * kLanes, count = outputs - j;
+        V x(0);
+        if (count > 0) {
+          if (row.grad_output != nullptr) x = x + load(row.grad_output + j, count);
+          if (row.grad_h_n != nullptr) x = x + load(row.grad_h_n + j, count);
+          if (kState == ElementState::kHidden && row.carry_in != nullptr) x = x + load(row.carry_in + j, count);
+        }
+        sum[r][v] = x;
+      }
+    }
+    if (recurrent) {
+      const T* w = s_.packed + block * kGates * units * kWidth;
+      constexpr int kAdding = kGates - kSeparate;
+      accumulate<kRows, kVectors, T>(sum, w, gates, kAdding * units);
+      if constexpr (kSeparate > 0) {
+        accumulate<kRows, kVectors, T>(sum, w + kAdding * units * kWidth, separate, kSeparate * units);
+      }
+    }
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 32
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t j = block * kWidth + v * kLanes, count = outputs - j;
+        if (count <= 0) continue;
+        if constexpr (kProjected) {
+          store(rows[r].grad_projected + j, sum[r][v], count);
+        } else {
+          finish(rows[r], j, sum[r][v], count);
+        }
+      }
+    }
+  }
+
+  void projection_phase(int64_t s, const Row* rows, int64_t count) const {
+    zigzag(place_.blocks(unit_blocks()), s, [&](int64_t block) {
+      for_row_tiles<kTileRows>(count, [&]<int kRows>(int64_t first) { projection_tile<kRows>(rows + first, block); });
+    });
+  }
+
+  template <int kRows>
+  void projection_tile(const Row* rows, int64_t block) const {
+    V sum[kRows][kVectors];
+    const T* grad[kRows];
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) {
+      grad[r] = rows[r].grad_projected;
+#pragma GCC unroll 32
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = V(0);
+    }
+    accumulate<kRows, kVectors, T>(sum, s_.projection + block * shape_.outputs * kWidth, grad, shape_.outputs);
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 32
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t j = block * kWidth + v * kLanes, count = shape_.units - j;
+        if (count > 0) finish(rows[r], j, sum[r][v], count);
+      }
+    }
+  }
+
+  FASTRNN_INLINE void finish(const Row& row, int64_t j, V grad_h, int64_t count) const {
+    const int64_t units = shape_.units;
+    V saved[Cell::kSaved];
+#pragma GCC unroll 32
+    for (int c = 0; c < Cell::kSaved; ++c) saved[c] = load(row.saved + c * units + j, count);
+    const V previous = kState == ElementState::kNone ? V(0) : load(row.previous + j, count);
+    V carry(0);
+    if constexpr (kState == ElementState::kCell) {
+      if (row.carry_in != nullptr) carry = carry + load(row.carry_in + j, count);
+      if (row.grad_c_n != nullptr) carry = carry + load(row.grad_c_n + j, count);
+      if (row.grad_cells != nullptr) carry = carry + load(row.grad_cells + j, count);
+    }
+    V grad_gate[kGradients];
+    Cell::backward(saved, previous, grad_h, carry, grad_gate);
+#pragma GCC unroll 32
+    for (int g = 0; g < kGradients; ++g) store(row.grad_gates + g * units + j, grad_gate[g], count);
+    if (kState != ElementState::kNone) store(row.carry + j, carry, count);
+  }
+
+  // What flows into the initial states: the gate gradients and the carry of each row's first step, if they enter there.
+  void finish_rows() const {
+    if (p_.grad_first == nullptr) return;
+    place_.wait();
+    const int64_t units = shape_.units;
+    const Range batch = share(rows_.batch, place_.member, place_.members);
+    for (int64_t n = batch.begin; n < batch.end; ++n) {
+      const int64_t length = rows_.length[n], t = p_.reverse ? length - 1 : 0;
+      T* first = p_.grad_first + n * kGates * units;
+      T* carry = p_.carry + n * units;
+      if (length > 0 && rows_.enters(t, n, p_.reverse)) {
+        constexpr int kAdding = kGates - kSeparate;
+        const T* gates = p_.grad_gates + rows_.row(t, n) * kGradients * units;
+        std::copy_n(gates, kAdding * units, first);
+        std::copy_n(gates + kGates * units, kSeparate * units, first + kAdding * units);
+      } else {
+        std::fill_n(first, kGates * units, T(0));
+        const bool passes = length == 0 && kState == ElementState::kCell && p_.grad_c_n != nullptr;
+        for (int64_t j = 0; j < units; ++j) carry[j] = passes ? p_.grad_c_n[n * units + j] : T(0);
+      }
+    }
+  }
+};
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fastrnn

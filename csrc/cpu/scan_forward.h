@@ -1,0 +1,350 @@
+// The forward scan: for every step, a recurrent projection in register tiles, all gates of a unit together, and the cell
+// on the sums while they are in registers. With a projection a second phase follows, h = W_hr (o tanh(c)).
+#pragma once
+
+#include "cpu/scan_common.h"
+
+namespace fastrnn {
+inline namespace CPU_CAPABILITY {
+
+template <class Cell, class T>
+class ForwardScan {
+  using V = Vec<T>;
+  static constexpr int kLanes = V::size();
+  static constexpr int kGates = Cell::kGates, kSeparate = Cell::kSeparate;
+  static constexpr int kUnitVectors = kGates == 1 ? 4 : 1;  // a tile about four vectors wide, for any number of gates
+  static constexpr int kVectors = kGates * kUnitVectors;
+  static constexpr int64_t kUnits = kUnitVectors * kLanes;  // of a block
+  static constexpr int kTileRows = max_rows(kVectors);
+  static constexpr int kOutputVectors = 4;                  // of a tile of the projection
+  static constexpr int64_t kOutputs = kOutputVectors * kLanes;
+  static constexpr int kOutputRows = max_rows(kOutputVectors);
+  static constexpr ElementState kState = Cell::kState;
+
+  // Where one row of the batch finds and leaves things in one step.
+  struct Row {
+    const T* h;         // [outputs] the state that enters
+    const T* state;     // [H] the element state that enters
+    const T* input;     // [I] kNatural only
+    const T* product;   // [G*H] kProduct only
+    T* gates;           // [G*H] the input projection; with save, the reserve
+    T* activation;      // [H] projected only: o tanh(c), before the projection
+    T* next;            // [outputs] where the next step finds h
+    T* output;          // [outputs]
+    T* cell;            // [H] kCell only: c, in place
+    T* cells;           // [H] or null
+    T* h_n;             // [outputs] or null: not the row's last step
+  };
+
+  struct Scratch {
+    T* packed;      // [blocks][depth][kVectors][lanes]
+    T* projection;  // [blocks of P][H][kOutputVectors][lanes]
+    T* h;           // [2][N, outputs]: read one, write the other
+    T* activation;  // [N, H]
+    T* zeros;       // [max(H, outputs)]
+    Row* rows;      // [members][N]
+  };
+
+ public:
+  static int64_t scratch_bytes(const Scan& scan) {
+    Arena arena(nullptr);
+    for (int d = 0; d < scan.directions; ++d) lay_out(scan, arena);
+    return arena.used();
+  }
+
+  static void run(const Scan& scan, const ForwardParams<T>* params, void* memory) {
+    Arena arena(memory);
+    Scratch scratch[kMaxDirections];
+    for (int d = 0; d < scan.directions; ++d) scratch[d] = lay_out(scan, arena);
+    run_directions(scan, [&](int d, const Place& place) { ForwardScan(scan, params[d], scratch[d], place).run(); });
+  }
+
+ private:
+  const Scan& scan_;
+  const LayerShape& shape_;
+  const Rows& rows_;
+  const ForwardParams<T>& p_;
+  const Scratch& s_;
+  const Place& place_;
+
+  ForwardScan(const Scan& scan, const ForwardParams<T>& params, const Scratch& scratch, const Place& place)
+      : scan_(scan), shape_(scan.shape), rows_(scan.rows), p_(params), s_(scratch), place_(place) {}
+
+  static Scratch lay_out(const Scan& scan, Arena& arena) {
+    const LayerShape& shape = scan.shape;
+    const int64_t batch = scan.rows.batch, wide = std::max(shape.units, shape.outputs);
+    const bool packed = scan.plan.recurrent == Recurrent::kPacked;
+    Scratch s;
+    s.packed = arena.take<T>(packed ? blocks(shape.units, kUnits) * shape.outputs * kVectors * kLanes : 0);
+    s.projection = arena.take<T>(
+        shape.projected && packed ? blocks(shape.outputs, kOutputs) * shape.units * kOutputs : 0);
+    s.h = arena.take<T>(2 * batch * shape.outputs);
+    s.activation = arena.take<T>(shape.projected ? batch * shape.units : 0);
+    s.zeros = arena.take<T>(wide);
+    s.rows = arena.take<Row>(scan.plan.threads * batch);
+    return s;
+  }
+
+  int64_t unit_blocks() const { return blocks(shape_.units, kUnits); }
+  int64_t output_blocks() const { return blocks(shape_.outputs, kOutputs); }
+
+  void run() const {
+    prepare();
+    place_.wait();
+    Row* rows = s_.rows + place_.member * rows_.batch;
+    for (int64_t s = 0; s < rows_.steps; ++s) {
+      const int64_t t = p_.reverse ? rows_.steps - 1 - s : s;
+      const int64_t count = find_rows(t, s, rows);
+      if (count > 0) units_phase(s, rows, count);
+      if (shape_.projected) {
+        place_.wait_for_units();
+        if (count > 0) projection_phase(s, rows, count);
+      }
+      place_.wait_for_units();
+    }
+  }
+
+  // Packs this member's part of the weights, and gives rows without a single step their final state.
+  void prepare() const {
+    if (place_.member == 0) std::fill_n(s_.zeros, std::max(shape_.units, shape_.outputs), T(0));
+    if (scan_.plan.recurrent == Recurrent::kPacked) {
+      const Range units = share(unit_blocks(), place_.member, place_.members);
+      for (int64_t b = units.begin; b < units.end; ++b) {
+        pack_transposed<kGates, kUnitVectors>(p_.w_hh, shape_.units, shape_.outputs, b,
+                                              s_.packed + b * shape_.outputs * kVectors * kLanes);
+      }
+      if (shape_.projected) {
+        const Range outputs = share(output_blocks(), place_.member, place_.members);
+        for (int64_t b = outputs.begin; b < outputs.end; ++b) {
+          pack_transposed<1, kOutputVectors>(p_.w_hr, shape_.outputs, shape_.units, b,
+                                             s_.projection + b * shape_.units * kOutputs);
+        }
+      }
+    }
+    const Range batch = share(rows_.batch, place_.member, place_.members);
+    for (int64_t n = batch.begin; n < batch.end; ++n) {
+      if (rows_.length[n] > 0) continue;
+      copy_or_zero(p_.h_n + n * shape_.outputs, p_.h0, n, shape_.outputs);
+      if (kState == ElementState::kCell) copy_or_zero(p_.c_n + n * shape_.units, p_.c0, n, shape_.units);
+    }
+  }
+
+  static void copy_or_zero(T* to, const T* from, int64_t n, int64_t width) {
+    for (int64_t j = 0; j < width; ++j) to[j] = from == nullptr ? T(0) : from[n * width + j];
+  }
+
+  // The rows of this member that step t visits, into `rows`; how many there are. `s` counts steps in scan order.
+  int64_t find_rows(int64_t t, int64_t s, Row* rows) const {
+    const Range range = place_.rows(rows_.batch);
+    const int64_t end = std::min(range.end, rows_.active[t]);
+    const int64_t outputs = shape_.outputs, units = shape_.units;
+    const T* now = s_.h + (s % 2) * rows_.batch * outputs;
+    T* next = s_.h + (1 - s % 2) * rows_.batch * outputs;
+    for (int64_t i = range.begin; i < end; ++i) {
+      const int64_t n = rows_.order[i], row = rows_.row(t, n);
+      const bool flows = rows_.flows(t, n, p_.reverse), enters = rows_.enters(t, n, p_.reverse);
+      Row& r = rows[i - range.begin];
+      r.h = flows ? now + n * outputs : enters && p_.h0 != nullptr ? p_.h0 + n * outputs : s_.zeros;
+      r.gates = p_.gates + row * p_.gates_stride;
+      r.input = p_.input == nullptr ? nullptr : p_.input + row * shape_.inputs;
+      r.product = p_.product == nullptr || !enters ? nullptr : p_.product + n * kGates * units;
+      r.activation = s_.activation + n * units;
+      r.next = next + n * outputs;
+      r.output = p_.output + row * p_.output_stride;
+      r.h_n = rows_.last(t, n, p_.reverse) ? p_.h_n + n * outputs : nullptr;
+      r.cells = p_.cells == nullptr ? nullptr : p_.cells + row * p_.cells_stride;
+      if constexpr (kState == ElementState::kCell) {
+        r.cell = p_.c_n + n * units;
+        r.state = flows ? r.cell : enters && p_.c0 != nullptr ? p_.c0 + n * units : s_.zeros;
+      } else {
+        r.cell = nullptr;
+        r.state = r.h;
+      }
+    }
+    return std::max<int64_t>(0, end - range.begin);
+  }
+
+  void units_phase(int64_t s, const Row* rows, int64_t count) const {
+    const bool natural = scan_.plan.recurrent == Recurrent::kNatural;
+    zigzag(place_.blocks(unit_blocks()), s, [&](int64_t block) {
+      if (natural) {
+        for (int64_t i = 0; i < count; ++i) natural_block(rows[i], block);
+      } else {
+        for_row_tiles<kTileRows>(count, [&]<int kRows>(int64_t first) { tile<kRows>(rows + first, block); });
+      }
+    });
+  }
+
+  template <int kRows>
+  void tile(const Row* rows, int64_t block) const {
+    const int64_t units = shape_.units, begin = block * kUnits;
+    V sum[kRows][kVectors];
+    const T* h[kRows];
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) {
+      h[r] = rows[r].h;
+#pragma GCC unroll 32
+      for (int g = 0; g < kGates; ++g) {
+#pragma GCC unroll 32
+        for (int u = 0; u < kUnitVectors; ++u) {
+          const int64_t j = begin + u * kLanes, count = units - j;
+          sum[r][g * kUnitVectors + u] = count <= 0 ? V(0) : start(rows[r], g, j, count);
+        }
+      }
+    }
+    if (scan_.plan.recurrent == Recurrent::kPacked) {
+      accumulate<kRows, kVectors, T>(sum, s_.packed + block * shape_.outputs * kVectors * kLanes, h, shape_.outputs);
+    }
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 32
+      for (int u = 0; u < kUnitVectors; ++u) {
+        const int64_t j = begin + u * kLanes, count = units - j;
+        if (count <= 0) continue;
+        V gate[kGates];
+#pragma GCC unroll 32
+        for (int g = 0; g < kGates; ++g) gate[g] = sum[r][g * kUnitVectors + u];
+        finish(rows[r], j, count, gate);
+      }
+    }
+  }
+
+  // What gate g starts from: bias and input projection; for a separate gate only the bias of its recurrent part.
+  FASTRNN_INLINE V start(const Row& row, int g, int64_t j, int64_t count) const {
+    const int64_t at = g * shape_.units + j;
+    V v = g < kGates - kSeparate ? load(p_.bias + at, count) + load(row.gates + at, count)
+                                 : load(p_.bias + at + kSeparate * shape_.units, count);
+    if (row.product != nullptr) v = v + load(row.product + at, count);
+    return v;
+  }
+
+  // The cell, and where its results go. gate[g] is the whole pre-activation, or the recurrent part of a separate gate.
+  FASTRNN_INLINE void finish(const Row& row, int64_t j, int64_t count, const V (&gate)[kGates]) const {
+    const int64_t units = shape_.units;
+    V all[kGates + kSeparate];
+#pragma GCC unroll 32
+    for (int g = 0; g < kGates; ++g) {
+      if (g < kGates - kSeparate) {
+        all[g] = gate[g];
+      } else {
+        all[g] = load(row.gates + g * units + j, count) + load(p_.bias + g * units + j, count);
+        all[g + kSeparate] = gate[g];
+      }
+    }
+    V state = kState == ElementState::kNone ? V(0) : load(row.state + j, count);
+    V saved[Cell::kSaved];
+    const V h = Cell::forward(all, state, saved);
+    if (p_.save) {
+#pragma GCC unroll 32
+      for (int c = 0; c < Cell::kSaved; ++c) store(row.gates + c * units + j, saved[c], count);
+      if (shape_.projected) store(row.gates + Cell::kSaved * units + j, h, count);
+    }
+    if constexpr (kState == ElementState::kCell) {
+      store(row.cell + j, state, count);
+      if (row.cells != nullptr) store(row.cells + j, state, count);
+    }
+    if (shape_.projected) {
+      store(row.activation + j, h, count);
+    } else {
+      leave(row, j, h, count);
+    }
+  }
+
+  FASTRNN_INLINE void leave(const Row& row, int64_t j, V h, int64_t count) const {
+    store(row.next + j, h, count);
+    store(row.output + j, h, count);
+    if (row.h_n != nullptr) store(row.h_n + j, h, count);
+  }
+
+  // One row and one block with the weights as they lie: nothing is packed for a single step.
+  void natural_block(const Row& row, int64_t block) const {
+    constexpr int kDots = 4;
+    const int64_t units = shape_.units;
+    for (int u = 0; u < kUnitVectors; ++u) {
+      const int64_t j = block * kUnits + u * kLanes, count = std::min<int64_t>(kLanes, units - j);
+      if (count <= 0) return;
+      V gate[kGates];
+      for (int g = 0; g < kGates; ++g) {
+        const bool separate = g >= kGates - kSeparate;
+        T sums[kLanes] = {};
+        const int64_t at = g * units + j;
+        for (int64_t lane = 0; lane < count; lane += kDots) {
+          T input[kDots] = {}, recurrent[kDots] = {};
+          dots<kDots>(input, p_.w_ih + (at + lane) * shape_.inputs, shape_.inputs, row.input, count - lane);
+          dots<kDots>(recurrent, p_.w_hh + (at + lane) * shape_.outputs, shape_.outputs, row.h, count - lane);
+          for (int64_t i = 0; i < kDots && lane + i < count; ++i) {
+            sums[lane + i] = recurrent[i];
+            // the input part goes where finish and backward look for it
+            row.gates[at + lane + i] = input[i];
+          }
+        }
+        gate[g] = load(sums, kLanes) + (separate ? load(p_.bias + at + kSeparate * units, count)
+                                                 : load(p_.bias + at, count) + load(row.gates + at, count));
+      }
+      finish(row, j, count, gate);
+    }
+  }
+
+  template <int kDots>
+  FASTRNN_INLINE static void dots(T (&sum)[kDots], const T* w, int64_t depth, const T* x, int64_t rows) {
+    if (rows >= kDots) {
+      dot<kDots>(sum, w, depth, x, depth);
+    } else {
+      for (int64_t i = 0; i < rows; ++i) {
+        T one[1] = {};
+        dot<1>(one, w + i * depth, depth, x, depth);
+        sum[i] = one[0];
+      }
+    }
+  }
+
+  void projection_phase(int64_t s, const Row* rows, int64_t count) const {
+    const bool natural = scan_.plan.recurrent == Recurrent::kNatural;
+    zigzag(place_.blocks(output_blocks()), s, [&](int64_t block) {
+      if (natural) {
+        for (int64_t i = 0; i < count; ++i) natural_projection(rows[i], block);
+      } else {
+        for_row_tiles<kOutputRows>(count, [&]<int kRows>(int64_t first) { project<kRows>(rows + first, block); });
+      }
+    });
+  }
+
+  template <int kRows>
+  void project(const Row* rows, int64_t block) const {
+    V sum[kRows][kOutputVectors];
+    const T* activation[kRows];
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) {
+      activation[r] = rows[r].activation;
+#pragma GCC unroll 32
+      for (int v = 0; v < kOutputVectors; ++v) sum[r][v] = V(0);
+    }
+    accumulate<kRows, kOutputVectors, T>(sum, s_.projection + block * shape_.units * kOutputs, activation,
+                                         shape_.units);
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 32
+      for (int v = 0; v < kOutputVectors; ++v) {
+        const int64_t j = block * kOutputs + v * kLanes, count = shape_.outputs - j;
+        if (count > 0) leave(rows[r], j, sum[r][v], count);
+      }
+    }
+  }
+
+  void natural_projection(const Row& row, int64_t block) const {
+    for (int v = 0; v < kOutputVectors; ++v) {
+      const int64_t j = block * kOutputs + v * kLanes, count = std::min<int64_t>(kLanes, shape_.outputs - j);
+      if (count <= 0) return;
+      T sums[kLanes] = {};
+      for (int64_t i = 0; i < count; ++i) {
+        T one[1] = {};
+        dot<1>(one, p_.w_hr + (j + i) * shape_.units, shape_.units, row.activation, shape_.units);
+        sums[i] = one[0];
+      }
+      leave(row, j, load(sums, kLanes), count);
+    }
+  }
+};
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fastrnn

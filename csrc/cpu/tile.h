@@ -1,0 +1,154 @@
+// The register tile: a few rows of the batch times a few vectors of columns, summed over k in registers; and the packed
+// layouts of the weights that it reads from end to end. Compiled once per ISA.
+#pragma once
+
+#include <cstring>
+#include <utility>
+
+#include "cpu/vec.h"
+
+namespace fastrnn {
+inline namespace CPU_CAPABILITY {
+
+// Rows of a tile of `vectors` columns: accumulators fill the registers, but for the weights and one broadcast.
+constexpr int max_rows(int vectors) { return (kVectorRegisters == 32 ? 24 : 12) / vectors; }
+
+// A few rows leave the adders idle for the latency of an FMA; more partial sums over k keep them busy.
+constexpr int partial_sums(int rows, int vectors) {
+  const int room = (kVectorRegisters == 32 ? 24 : 12) / (rows * vectors);
+  return room >= 4 ? 4 : room >= 2 ? 2 : 1;
+}
+
+// sum[r][v] += over k: a[r][k] * w[k][v], with w packed [k][vectors][lanes].
+template <int kRows, int kVectors, class T>
+FASTRNN_INLINE void accumulate(Vec<T> (&sum)[kRows][kVectors], const T* w, const T* const (&a)[kRows], int64_t depth) {
+  using V = Vec<T>;
+  constexpr int kLanes = V::size();
+  constexpr int kPartials = partial_sums(kRows, kVectors);
+  V partial[kPartials][kRows][kVectors];
+#pragma GCC unroll 32
+  for (int p = 1; p < kPartials; ++p) {
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 32
+      for (int v = 0; v < kVectors; ++v) partial[p][r][v] = V(0);
+    }
+  }
+  int64_t k = 0;
+  for (; k + kPartials <= depth; k += kPartials) {
+#pragma GCC unroll 32
+    for (int p = 0; p < kPartials; ++p) {
+      V weight[kVectors];
+#pragma GCC unroll 32
+      for (int v = 0; v < kVectors; ++v) weight[v] = V::loadu(w + (p * kVectors + v) * kLanes);
+#pragma GCC unroll 32
+      for (int r = 0; r < kRows; ++r) {
+        const V x(a[r][k + p]);
+#pragma GCC unroll 32
+        for (int v = 0; v < kVectors; ++v) {
+          V& s = p == 0 ? sum[r][v] : partial[p][r][v];
+          s = at::vec::fmadd(x, weight[v], s);
+        }
+      }
+    }
+    w += kPartials * kVectors * kLanes;
+  }
+  for (; k < depth; ++k) {
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) {
+      const V x(a[r][k]);
+#pragma GCC unroll 32
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = at::vec::fmadd(x, V::loadu(w + v * kLanes), sum[r][v]);
+    }
+    w += kVectors * kLanes;
+  }
+#pragma GCC unroll 32
+  for (int p = 1; p < kPartials; ++p) {
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 32
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = sum[r][v] + partial[p][r][v];
+    }
+  }
+}
+
+// Dot products of kRows rows of w (row stride `stride`) with x.
+template <int kRows, class T>
+FASTRNN_INLINE void dot(T (&sum)[kRows], const T* w, int64_t stride, const T* x, int64_t depth) {
+  using V = Vec<T>;
+  V s[kRows];
+#pragma GCC unroll 32
+  for (int r = 0; r < kRows; ++r) s[r] = V(0);
+  int64_t k = 0;
+  for (; k + V::size() <= depth; k += V::size()) {
+    const V v = V::loadu(x + k);
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) s[r] = at::vec::fmadd(v, V::loadu(w + r * stride + k), s[r]);
+  }
+  if (k < depth) {
+    const V v = load(x + k, depth - k);
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) s[r] = at::vec::fmadd(v, load(w + r * stride + k, depth - k), s[r]);
+  }
+#pragma GCC unroll 32
+  for (int r = 0; r < kRows; ++r) {
+    sum[r] += at::vec::vec_reduce_all<T>([](V a, V b) { return a + b; }, s[r]);
+  }
+}
+
+// Calls f.template operator()<n>() for the run-time n in 1..kMax.
+template <int kMax, class F>
+FASTRNN_INLINE void with_rows(int n, const F& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    (void)((n == i + 1 ? (f.template operator()<i + 1>(), true) : false) || ...);
+  }(std::make_integer_sequence<int, kMax>{});
+}
+
+// Splits rows [0, count) into tiles of nearly equal height: f.template operator()<height>(first row).
+template <int kMax, class F>
+FASTRNN_INLINE void for_row_tiles(int64_t count, const F& f) {
+  const int64_t tiles = (count + kMax - 1) / kMax;
+  int64_t row = 0;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t height = (count - row + tiles - t - 1) / (tiles - t);
+    with_rows<kMax>(static_cast<int>(height), [&]<int kRows>() { f.template operator()<kRows>(row); });
+    row += height;
+  }
+}
+
+constexpr int64_t blocks(int64_t columns, int64_t width) { return (columns + width - 1) / width; }
+
+// The weights of one block of units, transposed: out [k][gates][kUnitVectors][lanes] from w [gates * units, depth].
+// Units beyond the last become zero columns.
+template <int kGates, int kUnitVectors, class T>
+void pack_transposed(const T* w, int64_t units, int64_t depth, int64_t block, T* out) {
+  constexpr int kLanes = Vec<T>::size();
+  constexpr int kWidth = kGates * kUnitVectors * kLanes;
+  constexpr int64_t kStrip = 64;  // of k: a strip of the output stays in L1 while its lanes are filled one by one
+  for (int64_t k0 = 0; k0 < depth; k0 += kStrip) {
+    const int64_t k1 = k0 + kStrip < depth ? k0 + kStrip : depth;
+    for (int g = 0; g < kGates; ++g) {
+      for (int lane = 0; lane < kUnitVectors * kLanes; ++lane) {
+        const int64_t unit = block * kUnitVectors * kLanes + lane;
+        T* to = out + g * kUnitVectors * kLanes + lane;
+        const T* from = w + (g * units + unit) * depth;
+        for (int64_t k = k0; k < k1; ++k) to[k * kWidth] = unit < units ? from[k] : T(0);
+      }
+    }
+  }
+}
+
+// One block of columns as it lies: out [depth][kVectors][lanes] from w [depth, columns], zeros beyond the last column.
+template <int kVectors, class T>
+void pack_columns(const T* w, int64_t columns, int64_t depth, int64_t block, T* out) {
+  constexpr int64_t kWidth = kVectors * Vec<T>::size();
+  const int64_t begin = block * kWidth;
+  const int64_t width = columns - begin < kWidth ? columns - begin : kWidth;
+  for (int64_t k = 0; k < depth; ++k) {
+    std::memcpy(out + k * kWidth, w + k * columns + begin, width * sizeof(T));
+    for (int64_t j = width; j < kWidth; ++j) out[k * kWidth + j] = T(0);
+  }
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fastrnn

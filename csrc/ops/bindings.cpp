@@ -1,0 +1,78 @@
+// What takes no tensor. Importing this module also registers the ops.
+#include <pybind11/pybind11.h>
+#include <torch/version.h>
+
+#include "cpu/kernels.h"
+#include "ops/ops.h"
+
+namespace py = pybind11;
+
+namespace fastrnn {
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = FASTRNN_VERSION;
+  info["torch"] = TORCH_VERSION;
+  info["compiler"] = __VERSION__;
+  info["cuda"] = false;
+  py::list capabilities;
+#ifdef FASTRNN_X86
+  capabilities.append("avx512");
+  capabilities.append("avx2");
+#endif
+  capabilities.append("default");
+  info["cpu_capabilities"] = capabilities;
+  return info;
+}
+
+CellKind kind_of(const std::string& cell) {
+  for (int kind = 0; kind < kCellKinds; ++kind) {
+    if (cell == kCellNames[kind]) return static_cast<CellKind>(kind);
+  }
+  throw py::value_error("cell should be 'rnn_tanh', 'rnn_relu', 'lstm' or 'gru', got '" + cell + "'");
+}
+
+py::dict plan(const std::string& cell, int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size,
+              int64_t proj_size, int directions, int element_size, bool training, int threads) {
+  const bool projected = proj_size > 0;
+  const CpuProblem problem{
+      .gates = traits(kind_of(cell)).gates,
+      .steps = steps,
+      .batch = batch,
+      .shape = {input_size, hidden_size, projected ? proj_size : hidden_size, projected},
+      .directions = directions,
+      .element_size = element_size,
+      .backward = false,
+  };
+  const CpuMachine machine{threads, l2_cache_bytes()};
+  const CpuPlan forward = plan_cpu(problem, machine);
+  py::dict result;
+  result["recurrent"] = forward.recurrent == Recurrent::kPacked    ? "packed"
+                        : forward.recurrent == Recurrent::kNatural ? "natural"
+                                                                   : "product";
+  result["threads"] = forward.threads;
+  result["shard"] = forward.threads <= directions ? "none" : forward.shard_units ? "units" : "batch";
+  if (training) {
+    CpuProblem backward = problem;
+    backward.backward = true;
+    const CpuPlan p = plan_cpu(backward, machine);
+    result["backward_threads"] = p.threads;
+    result["backward_shard"] = p.threads <= directions ? "none" : p.shard_units ? "units" : "batch";
+  }
+  return result;
+}
+
+}  // namespace
+}  // namespace fastrnn
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using namespace fastrnn;
+  m.doc() = "The native core of fastrnn.";
+  cpu_kernels();  // a wrong FASTRNN_CPU_CAPABILITY is an error now, not in the first call
+  m.def("build_info", &build_info);
+  m.def("cpu_capability", [] { return cpu_kernels().name; });
+  m.def("plan", &plan, py::arg("cell"), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
+        py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("directions") = 1, py::arg("element_size") = 4,
+        py::arg("training") = false, py::arg("threads") = 1);
+}

@@ -1,0 +1,36 @@
+// Which rows a layer visits, read once from lengths, reset or batch_sizes (on the CPU).
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "core/params.h"
+#include "ops/ops.h"
+
+namespace fastrnn {
+
+class RowTable {
+ public:
+  RowTable(int64_t steps, int64_t batch, const OptionalTensor& lengths, const OptionalTensor& reset,
+           const OptionalTensor& batch_sizes, bool batch_first);
+
+  const Rows& rows() const { return rows_; }
+  // Rows of unequal length.
+  bool ragged() const { return ragged_; }
+  // Rows of the data, valid or not: T * N, or those of a packed batch.
+  int64_t total() const { return total_; }
+  // The valid rows, if some are not.
+  std::optional<Tensor> valid_rows() const;
+
+ private:
+  Rows rows_;
+  std::vector<int64_t> table_;  // offset [T], active [T], order [N], length [N]
+  Tensor reset_;                // keeps the memory that rows_ points to
+  bool ragged_ = false;
+  bool padded_ = false;
+  int64_t total_ = 0;
+};
+
+}  // namespace fastrnn
