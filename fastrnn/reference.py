@@ -31,24 +31,24 @@ class Cell(NamedTuple):
 
 
 def rnn_tanh(input_gates: Tensor, recurrent_gates: Tensor, states: States) -> States:
-    """h' = tanh(x + h), Elman (1990)."""
+    """H' = tanh(x + h), Elman (1990)."""
     return (torch.tanh(input_gates + recurrent_gates),)
 
 
 def rnn_relu(input_gates: Tensor, recurrent_gates: Tensor, states: States) -> States:
-    """h' = relu(x + h)."""
+    """H' = relu(x + h)."""
     return (torch.relu(input_gates + recurrent_gates),)
 
 
 def lstm(input_gates: Tensor, recurrent_gates: Tensor, states: States) -> States:
-    """c' = f c + i g, h' = o tanh(c'), Hochreiter and Schmidhuber (1997) with the forget gate of Gers et al. (2000)."""
+    """C' = f c + i g, h' = o tanh(c'), Hochreiter and Schmidhuber (1997) with the forget gate of Gers et al. (2000)."""
     i, f, g, o = (input_gates + recurrent_gates).chunk(4, -1)
     c = torch.sigmoid(f) * states[1] + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
 def gru(input_gates: Tensor, recurrent_gates: Tensor, states: States) -> States:
-    """h' = (1 - z) n + z h with n = tanh(x_n + r h_n), Cho et al. (2014) in the linear-before-reset form."""
+    """H' = (1 - z) n + z h with n = tanh(x_n + r h_n), Cho et al. (2014) in the linear-before-reset form."""
     x_r, x_z, x_n = input_gates.chunk(3, -1)
     h_r, h_z, h_n = recurrent_gates.chunk(3, -1)
     z = torch.sigmoid(x_z + h_z)
