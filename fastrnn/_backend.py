@@ -1,0 +1,252 @@
+"""Which implementation runs a layer: the native ops, torch's own ops, or the Python reference.
+
+The environment variable ``FASTRNN_BACKEND``, read at import, is one of
+
+- ``auto`` (the default): native, or python with one warning where the native library cannot be loaded;
+- ``native``: the same, but what would be a warning is an error;
+- ``python``: the native library is not even looked for.
+"""
+
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+BACKENDS = ("auto", "native", "python")
+
+native: ModuleType | None = None  # fastrnn._C, once loaded
+reason = ""  # why it is not
+native_cuda = False
+_library: torch.library.Library | None = None  # keeps the registrations below alive
+_native_ops: dict[str, Callable[..., list[Tensor]]] | None = None
+
+# What runs now, by cell; None: the Python backend. A plain global, because dynamo guards on it and it costs nothing.
+layer_ops: dict[str, Callable[..., list[Tensor]]] | None = None
+
+
+def _load() -> None:
+    """Import fastrnn._C, which registers the ops, and give it the reference as composite kernels."""
+    global native, reason, native_cuda, _library, _native_ops
+    name = f"{__package__}._C"
+    if importlib.util.find_spec(name) is None:
+        reason = "it was not built (FASTRNN_NATIVE=0 when fastrnn was installed, or the build was not run)"
+        return
+    try:
+        extension = importlib.import_module(name)
+    except (ImportError, OSError) as error:
+        reason = f"it does not load, having been built for another torch or Python ({error})"
+        return
+    _library = torch.library.Library("fastrnn", "IMPL")
+    for op, function in (
+        ("reference_layer", reference.layer),
+        ("reference_backward", reference.layer_backward),
+        ("reference_double_backward", reference.layer_double_backward),
+    ):
+        _library.impl(op, function, "CompositeImplicitAutograd")
+    _native_ops = {cell: getattr(torch.ops.fastrnn, f"{cell}_layer").default for cell in reference.CELLS}
+    native_cuda = bool(extension.build_info().get("cuda", False))
+    native = extension
+
+
+def initialize() -> None:
+    """Load what ``FASTRNN_BACKEND`` asks for; called once, at import."""
+    global layer_ops
+    wanted = os.environ.get("FASTRNN_BACKEND", "auto")
+    if wanted not in BACKENDS:
+        raise ValueError(f"FASTRNN_BACKEND should be one of auto, native or python, got: {wanted!r}")
+    if wanted == "python":
+        global reason
+        reason = "FASTRNN_BACKEND=python"
+        return
+    _load()
+    if native is None:
+        message = f"fastrnn's native library cannot be used: {reason}."
+        rebuild = (
+            "To build it: pip install --no-build-isolation --force-reinstall --no-deps fastrnn (a C++20 compiler)."
+        )
+        if wanted == "native":
+            raise ImportError(f"{message} {rebuild}")
+        warnings.warn(
+            f"{message} The Python backend runs instead: the same results, but without the speed, torch.compile and "
+            f"torch.export. {rebuild} FASTRNN_BACKEND=python silences this warning.",
+            stacklevel=3,
+        )
+    layer_ops = _native_ops
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run everything in the block on one backend; for tests and comparisons, and not per thread.
+
+    Parameters
+    ----------
+    name : "auto", "native" or "python".
+
+    Raises
+    ------
+    ValueError : for another name.
+    RuntimeError : for "native" where the native library is not loaded.
+    """
+    global layer_ops
+    if name not in BACKENDS:
+        raise ValueError(f"backend should be one of auto, native or python, got: {name!r}")
+    if name == "native" and _native_ops is None:
+        raise RuntimeError(f"fastrnn's native library cannot be used: {reason}")
+    before = layer_ops
+    layer_ops = None if name == "python" else _native_ops
+    try:
+        yield
+    finally:
+        layer_ops = before
+
+
+def choose(tensor: Tensor, features: bool) -> str:
+    """The implementation for a tensor's device: "native", "torch" or "python".
+
+    A device without native kernels (mps, xpu, CUDA on a CPU build) runs torch's own op, unless a feature is in use
+    that torch's op has not: lengths, resets, per-step states.
+    """
+    if tensor.is_cpu or tensor.is_meta or (native_cuda and tensor.is_cuda):
+        return "python" if layer_ops is None else "native"
+    return "python" if features else "torch"
+
+
+def python_layer(
+    cell: str,
+    input: Tensor,
+    hx: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    batch_sizes: Tensor | None,
+    bidirectional: bool,
+    batch_first: bool,
+    need_steps: bool,
+) -> list[Tensor]:
+    """The reference behind the checks and the autocast that the native op has in C++."""
+    device = input.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        input, *rest = (
+            tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+            for tensor in (input, *hx, *weights)
+        )
+        hx, weights = rest[: len(hx)], rest[len(hx) :]
+        with torch.autocast(device, enabled=False):
+            return python_layer(
+                cell, input, hx, weights, lengths, reset, batch_sizes, bidirectional, batch_first, need_steps
+            )
+    _check_layer(cell, input, hx, weights, batch_sizes, bidirectional, batch_first)
+    if lengths is not None:
+        check_lengths_range(lengths, input.shape[1 if batch_first else 0])
+    return reference.layer(
+        cell, input, hx, weights, lengths, reset, batch_sizes, bidirectional, batch_first, need_steps
+    )
+
+
+def check_lengths_range(lengths: Tensor, steps: int) -> None:
+    """ValueError unless 0 <= lengths <= steps; only where the values lie on the CPU and can be read."""
+    readable = (
+        lengths.is_cpu and not torch.compiler.is_compiling() and not torch._C._functorch.is_batchedtensor(lengths)
+    )
+    if not readable or lengths.numel() == 0:
+        return
+    low, high = (int(bound) for bound in torch.aminmax(lengths))
+    if low < 0 or high > steps:
+        raise ValueError(f"lengths should be between 0 and {steps}, the steps of the input, got: {low} to {high}")
+
+
+def _check_layer(
+    cell: str,
+    input: Tensor,
+    hx: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    bidirectional: bool,
+    batch_first: bool,
+) -> None:
+    """What would broadcast, promote or be read past its end without a word."""
+    for kind, tensors in (("hidden", hx), ("parameter", weights)):
+        for tensor in tensors:
+            if tensor.device != input.device:
+                raise RuntimeError(
+                    f"Input and {kind} tensors are not at the same device, found input tensor at {input.device} "
+                    f"and {kind} tensor at {tensor.device}"
+                )
+            if tensor.dtype != input.dtype:
+                raise RuntimeError(
+                    f"Input and {kind} tensors are not the same dtype, found input tensor with {input.dtype} "
+                    f"and {kind} tensor with {tensor.dtype}"
+                )
+    gates, directions = reference.CELLS[cell].gates, 2 if bidirectional else 1
+    w_ih, w_hh = weights[0], weights[1]
+    if input.shape[-1] != w_ih.shape[1]:
+        raise RuntimeError(
+            f"input.size(-1) must be equal to input_size. Expected {w_ih.shape[1]}, got {input.shape[-1]}"
+        )
+    if batch_sizes is None:
+        batch = input.shape[0 if batch_first else 1]
+    else:
+        batch = int(batch_sizes[0]) if len(batch_sizes) else 0
+    sizes = (w_hh.shape[1], w_hh.shape[0] // gates)
+    if len(hx) not in (0, reference.CELLS[cell].states):
+        raise RuntimeError(f"{cell} has {reference.CELLS[cell].states} states, got {len(hx)} initial ones")
+    for index, (state, size) in enumerate(zip(hx, sizes, strict=False)):
+        if state.shape != (directions, batch, size):
+            raise RuntimeError(f"Expected hidden[{index}] size {(directions, batch, size)}, got {list(state.shape)}")
+
+
+def zero_states(cell: str, input: Tensor, weights: Sequence[Tensor], rows: int, batch: int) -> list[Tensor]:
+    """Initial states ``[rows, batch, P or H]``, for the LSTM also ``[rows, batch, H]``."""
+    spec = reference.CELLS[cell]
+    sizes = [weights[1].shape[1], weights[1].shape[0] // spec.gates]
+    return [input.new_zeros(rows, batch, size) for size in sizes[: spec.states]]
+
+
+def torch_layers(
+    cell: str,
+    input: Tensor,
+    hx: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """All layers by torch's own op: output and final states."""
+    function: Any = getattr(torch._VF, cell)
+    if not hx:
+        batch = input.shape[0 if batch_first else 1] if batch_sizes is None else int(batch_sizes[0])
+        hx = zero_states(cell, input, weights, num_layers * (2 if bidirectional else 1), batch)
+    states: Any = hx[0] if len(hx) == 1 else tuple(hx)
+    shared = (has_biases, num_layers, dropout, training, bidirectional)
+    if batch_sizes is None:
+        return function(input, states, weights, *shared, batch_first)
+    return function(input, batch_sizes, states, weights, *shared)
+
+
+def torch_cell(
+    cell: str,
+    input: Tensor,
+    hx: Sequence[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """One step by torch's own op: the new states."""
+    states = tuple(hx) or (input.new_zeros(input.shape[0], w_hh.shape[1]),) * reference.CELLS[cell].states
+    result = getattr(torch._VF, f"{cell}_cell")(input, states if cell == "lstm" else states[0], w_ih, w_hh, b_ih, b_hh)
+    return result if cell == "lstm" else (result,)

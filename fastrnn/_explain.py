@@ -1,0 +1,155 @@
+"""What was built, and what a call would run: in words, for people."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import _backend
+
+_RECURRENT = {
+    "packed": "the recurrent weights packed for the tile once per call",
+    "natural": "the recurrent weights read as they lie",
+    "product": "the recurrent projection by a general matrix product per step",
+}
+_SHARD = {
+    "none": "a direction to a thread",
+    "units": "the units shared among the threads, with a barrier each step",
+    "batch": "the batch shared among the threads",
+}
+
+
+def build_info() -> dict[str, Any]:
+    """What this installation is.
+
+    Returns
+    -------
+    dict
+        ``backend`` ("native" or "python"), ``reason`` (why it is python, else empty), and from the native library:
+        its version, the torch and compiler that it was built with, whether it has CUDA, the CPU capabilities built in,
+        and ``cpu_capability``, the one in use.
+    """
+    info: dict[str, Any] = {
+        "backend": "python" if _backend.layer_ops is None else "native",
+        "reason": _backend.reason,
+    }
+    if _backend.native is not None:
+        info |= _backend.native.build_info()
+        info["cpu_capability"] = _backend.native.cpu_capability()
+    return info
+
+
+def explain(
+    module: torch.nn.Module,
+    input: Any,
+    hx: Any = None,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> str:
+    """Say which backend, op and plan a call of a module would run, and why; nothing is run.
+
+    Parameters
+    ----------
+    module : RNN, LSTM, GRU or one of the Cells of fastrnn.
+    input, hx, lengths, reset : what the module would be called with.
+
+    Returns
+    -------
+    str
+        A few lines.
+
+    Raises
+    ------
+    TypeError
+        For a module that is not fastrnn's; ``fastrnn.convert`` makes it one.
+    """
+    cell = _cell_of(module)
+    data = input.data if isinstance(input, PackedSequence) else input
+    route = _backend.choose(data, lengths is not None or reset is not None)
+    device = str(data.device)
+    if route == "torch":
+        return f"backend: torch\nop: torch.{cell}\nwhy: fastrnn has no native kernel for {device}"
+    if route == "python":
+        if _backend.native is None:
+            why = f"the native library is not loaded: {_backend.reason}"
+        elif _backend.layer_ops is None:
+            why = "the Python backend is forced here"
+        else:
+            why = f"fastrnn has no native kernel for {device}, and torch's op knows no lengths and no reset"
+        return f"backend: python\nop: fastrnn.reference.layer, a loop over the steps in Python\nwhy: {why}"
+    lines = [
+        "backend: native",
+        f"op: torch.ops.fastrnn.{cell}_layer, one call per layer, {_layout(input, lengths, reset)}",
+    ]
+    if data.is_cpu and _backend.native is not None:
+        lines.append(f"cpu capability: {_backend.native.cpu_capability()}")
+        lines += _plans(module, cell, input, data)
+    return "\n".join(lines)
+
+
+def _cell_of(module: torch.nn.Module) -> str:
+    name = getattr(module, "_name", None)
+    if not isinstance(module, torch.nn.RNNBase | torch.nn.RNNCellBase) or name is None:
+        raise TypeError(
+            f"explain takes a module of fastrnn, got: {type(module).__module__}.{type(module).__qualname__}"
+        )
+    kind = name.removesuffix("Cell").lower()
+    return f"rnn_{module.nonlinearity}" if kind == "rnn" else kind
+
+
+def _layout(input: Any, lengths: Tensor | None, reset: Tensor | None) -> str:
+    if isinstance(input, PackedSequence):
+        return "over the packed rows as they are"
+    features = [name for name, value in (("lengths", lengths), ("reset", reset)) if value is not None]
+    return f"with {' and '.join(features)}" if features else "over all steps of all rows"
+
+
+def _plans(module: Any, cell: str, input: Any, data: Tensor) -> list[str]:
+    """One line for the first layer, and one for the others where they differ in their input."""
+    assert _backend.native is not None
+    steps, batch = 1, 1
+    if isinstance(input, PackedSequence):
+        steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])
+    elif isinstance(module, torch.nn.RNNBase):
+        if data.dim() == 3:
+            steps, batch = data.shape[1 if module.batch_first else 0], data.shape[0 if module.batch_first else 1]
+        else:
+            steps = data.shape[0]
+    elif data.dim() == 2:
+        batch = data.shape[0]
+    proj_size = getattr(module, "proj_size", 0)
+    directions = 2 if getattr(module, "bidirectional", False) else 1
+    training = torch.is_grad_enabled() and (data.requires_grad or any(p.requires_grad for p in module.parameters()))
+    shapes = {"layer 0": module.input_size}
+    if getattr(module, "num_layers", 1) > 1:
+        shapes["the layers above"] = directions * (proj_size or module.hidden_size)
+    lines = []
+    for which, input_size in shapes.items():
+        plan = _backend.native.plan(
+            cell,
+            steps,
+            batch,
+            input_size,
+            module.hidden_size,
+            proj_size,
+            directions,
+            data.element_size(),
+            training,
+            torch.get_num_threads(),
+        )
+        lines.append(f"{which}: forward {_words(plan, '')}")
+        if training:
+            lines.append(f"{which}: backward {_words(plan, 'backward_')}")
+    return lines
+
+
+def _words(plan: dict[str, Any], prefix: str) -> str:
+    threads, shard = plan.get(f"{prefix}threads", 1), plan.get(f"{prefix}shard", "none")
+    words = [f"on {threads} thread{'' if threads == 1 else 's'}"]
+    if threads > 1:
+        words.append(_SHARD.get(shard, str(shard)))
+    recurrent = plan.get(f"{prefix}recurrent")
+    if recurrent is not None:
+        words.append(_RECURRENT.get(recurrent, str(recurrent)))
+    return ", ".join(words)
