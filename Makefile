@@ -104,8 +104,6 @@ endif
 
 $(VENV)/.torch-wanted: FORCE | $(VENV)/.made
 	@$(call remember,$(TORCH))
-	@if test '$(TORCH)' = '$(TORCH_DEFAULT)'; then rm -f $(VENV)/.torch-chosen; \
-	else echo '$(TORCH)' > $(VENV)/.torch-chosen; fi
 
 $(VENV)/.build-wanted: FORCE | $(VENV)/.made
 	@$(call remember,FASTRNN_NATIVE=$(FASTRNN_NATIVE) FASTRNN_CUDA=$(FASTRNN_CUDA) CXX=$(CXX) CXXFLAGS=$(CXXFLAGS))
@@ -115,7 +113,9 @@ $(VENV)/.tools: | $(VENV)/.made
 	@touch $@
 
 $(VENV)/.torch: $(VENV)/.torch-wanted | $(VENV)/.made
-	$(PIP) install $(TORCH)
+	$(PIP) install $(TORCH) "numpy>=1.26,<3"
+	@if test '$(TORCH)' = '$(TORCH_DEFAULT)'; then rm -f $(VENV)/.torch-chosen; \
+	else echo '$(TORCH)' > $(VENV)/.torch-chosen; fi
 	@touch $@
 
 # Built twice in name only: the first run shows the compiler at work, pip then finds nothing left to compile.
