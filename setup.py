@@ -7,6 +7,7 @@ is built, so that an sdist needs none.
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -31,10 +32,15 @@ class CMakeBuild(build_ext):
         return []
 
 
+if int(setuptools.__version__.split(".")[0]) < 77:  # a license as a plain SPDX name
+    sys.exit(f"fastrnn: setuptools {setuptools.__version__} is too old: pip install --upgrade setuptools")
+
 try:
     # Before pip resolves the dependencies: it would fetch a torch, and this build could not use it.
     if native.wants_native() and {"dist_info", "editable_wheel", "bdist_wheel", "build_ext"} & set(sys.argv):
         native.check()
+        native.find_tool("cmake")
+        native.find_tool("ninja")
         native.import_torch()
     setup(
         version=native.version(),

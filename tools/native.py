@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -23,6 +22,7 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 MIN_PYTHON = (3, 10)
@@ -49,7 +49,7 @@ def version() -> str:
     text = (ROOT / "fastrnn" / "__init__.py").read_text(encoding="utf-8")
     found = re.search(r"""^__version__(?:\s*:\s*str)?\s*=\s*["']([^"']+)["']""", text, re.MULTILINE)
     if not found:
-        raise BuildError("fastrnn/__init__.py has no line `__version__ = \"...\"`")
+        raise BuildError('fastrnn/__init__.py has no line `__version__ = "..."`')
     return found[1]
 
 
@@ -101,7 +101,9 @@ def find_compiler() -> str:
             [*shlex.split(command), "-std=c++20", "-fsyntax-only", str(source)], capture_output=True, check=False
         )
     if probe.returncode != 0:
-        raise BuildError(f"the C++ compiler {command} does not know C++20: g++ >= 11 or clang++ >= 14 is needed ({hint})")
+        raise BuildError(
+            f"the C++ compiler {command} does not know C++20: g++ >= 11 or clang++ >= 14 is needed ({hint})"
+        )
     return command
 
 
@@ -130,7 +132,7 @@ def check() -> None:
         find_compiler()
 
 
-def import_torch():
+def import_torch() -> ModuleType:
     """Return torch, or stop with the one line that says how to get it."""
     how = "pip install torch first, then pip install --no-build-isolation ."
     try:
@@ -145,7 +147,7 @@ def import_torch():
     return torch
 
 
-def wants_cuda(torch) -> bool:
+def wants_cuda(torch: ModuleType) -> bool:
     """Return whether to build the CUDA half: FASTRNN_CUDA, else if torch is a CUDA build and nvcc is there.
 
     Whether this machine has a GPU is not asked: machines that build often have none.
@@ -163,13 +165,13 @@ def wants_cuda(torch) -> bool:
 # --- CMake ------------------------------------------------------------------------------------------------------------
 
 
-def build_tag(torch) -> str:
+def build_tag(torch: ModuleType) -> str:
     """Return a folder name that differs wherever object files cannot be shared."""
     torch_version = torch.__version__.replace("+", "-")
     return f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-torch-{torch_version}"
 
 
-def cmake_arguments(torch, build: Path, extra: list[str]) -> list[str]:
+def cmake_arguments(torch: ModuleType, build: Path, extra: list[str]) -> list[str]:
     """Return the arguments that configure `build`: the whole interface between Python and CMakeLists.txt."""
     from torch.utils import cpp_extension
 
