@@ -1,0 +1,159 @@
+"""What a stranger does first: build and install the package, with tools there or missing."""
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SITE = Path(sysconfig.get_path("purelib"))
+NATIVE = ROOT / "tools" / "native.py"
+# What builds an sdist or a wheel, and is no part of torch.
+BUILD_TOOLS = ("setuptools", "_distutils_hack", "distutils-precedence.pth", "build", "pyproject_hooks", "packaging")
+FORWARD = """
+import sys, torch, fastrnn
+assert sys.prefix in fastrnn.__file__, fastrnn.__file__
+fastrnn.LSTM(3, 4, bidirectional=True)(torch.randn(5, 2, 3))[0].sum().backward()
+"""
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's environment without what steers the build, the tools of this Python on PATH."""
+    steering = ("FASTRNN_", "PYTHONPATH", "CXX")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(steering)}
+    path = os.pathsep.join([sysconfig.get_path("scripts"), kept["PATH"]])
+    return {**kept, "PATH": path, "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", **changes}
+
+
+def run(*command: object, check: bool = True, cwd: Path = ROOT, **changes: str) -> subprocess.CompletedProcess:
+    """A finished process, its two streams in one; nothing is fetched from a registry."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=environment(**changes),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert not check or done.returncode == 0, done.stdout
+    return done
+
+
+def make_python(folder: Path, *, torch: bool) -> Path:
+    """The Python of a new environment that sees this one's packages, or only what builds packages."""
+    run(sys.executable, "-m", "venv", folder)
+    python = folder / "bin" / "python"
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
+    for old in site.glob("setuptools*"):  # an old one, of the Python that made the environment
+        old.rename(folder / old.name)
+    if torch:
+        # A .pth file adds a folder without reading the .pth files in it, so not the editable install of fastrnn.
+        (site / "outer.pth").write_text(f"{SITE}\n")
+    else:
+        for new in SITE.iterdir():
+            if new.name in BUILD_TOOLS or re.fullmatch(r"(setuptools|build|packaging)-.*\.dist-info", new.name):
+                link = site / new.name
+                if not link.exists():
+                    link.symlink_to(new)
+    return python
+
+
+def our_lines(output: str) -> list[str]:
+    """The lines that fastrnn's own build wrote."""
+    return [line.strip() for line in output.splitlines() if line.strip().startswith("fastrnn: ")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"CXX": "no-such-compiler"}, ("no-such-compiler", "not found", "install")),
+        ({"CXX": "false"}, ("does not know C++20", "install")),
+        ({"FASTRNN_NATIVE": "yes"}, ("FASTRNN_NATIVE", "0 or 1")),
+    ],
+    ids=["compiler missing", "compiler too old", "flag not understood"],
+)
+def test_missing_tool_is_named_in_one_line(changes, words):
+    done = run(sys.executable, NATIVE, "check", check=False, **{"FASTRNN_NATIVE": "1", **changes})
+    assert done.returncode != 0
+    assert our_lines(done.stdout) == [done.stdout.strip()]
+    assert all(word in done.stdout for word in words), done.stdout
+
+
+def test_pure_python_needs_no_compiler():
+    assert run(sys.executable, NATIVE, "check", FASTRNN_NATIVE="0", CXX="no-such-compiler").stdout == ""
+
+
+def test_version_has_one_source():
+    from importlib.metadata import version
+
+    import fastrnn
+
+    assert version("fastrnn") == fastrnn.__version__
+
+
+@pytest.fixture(scope="module")
+def bare_python(tmp_path_factory):
+    """A Python with the tools that build packages, without torch."""
+    return make_python(tmp_path_factory.mktemp("bare"), torch=False)
+
+
+@pytest.fixture(scope="module")
+def torch_python(tmp_path_factory):
+    """A Python with torch and the build tools, without fastrnn."""
+    return make_python(tmp_path_factory.mktemp("torch"), torch=True)
+
+
+@pytest.fixture(scope="module")
+def sdist(bare_python, tmp_path_factory):
+    """The sdist, built without torch."""
+    folder = tmp_path_factory.mktemp("sdist")
+    run(bare_python, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder)
+    (archive,) = folder.glob("fastrnn-*.tar.gz")
+    return archive
+
+
+@pytest.mark.slow
+def test_sdist_holds_the_sources_and_nothing_built(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for needed in ("CMakeLists.txt", "Makefile", "LICENSE", "fastrnn/py.typed", "tools/native.py", "docs/design.md"):
+        assert needed in names
+    for folder in ("csrc", "tests", "bench"):
+        assert any(name.startswith(f"{folder}/") for name in names)
+    assert not [name for name in names if re.search(r"\.so$|__pycache__|^build/|^\.venv|^bench/out", name)]
+
+
+@pytest.mark.slow
+def test_installing_without_torch_stops_with_one_line(sdist, bare_python):
+    done = run(bare_python, "-m", "pip", "install", "--no-build-isolation", sdist, check=False, FASTRNN_NATIVE="1")
+    assert done.returncode != 0
+    (line,) = our_lines(done.stdout)
+    assert "pip install torch first, then pip install --no-build-isolation ." in line
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the native library is built on Linux by default")
+def test_sdist_installs_and_runs_natively(sdist, torch_python, tmp_path):
+    run(torch_python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", sdist)
+    run(torch_python, "-W", "error:.*fastrnn", "-c", FORWARD, cwd=tmp_path, FASTRNN_BACKEND="native")
+
+
+@pytest.mark.slow
+def test_pure_python_wheel(sdist, torch_python, tmp_path):
+    run(
+        torch_python, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", tmp_path, sdist,
+        FASTRNN_NATIVE="0", CXX="no-such-compiler",
+    )  # fmt: skip
+    (wheel,) = tmp_path.glob("fastrnn-*-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert "fastrnn/py.typed" in archive.namelist()
+    run(torch_python, "-m", "pip", "install", "--no-deps", "--force-reinstall", wheel)
+    run(torch_python, "-c", FORWARD, cwd=tmp_path, FASTRNN_BACKEND="python")

@@ -1,0 +1,268 @@
+"""Build the native library: find the tools, write CMake's command line once, run it.
+
+Used by setup.py (`pip install`), and by the Makefile as a program::
+
+    python tools/native.py check                  # the tools that no package registry brings
+    python tools/native.py build                  # fastrnn/_C in the source tree
+    python tools/native.py tests [--sanitize]     # the C++ tests; prints nothing that CMake and Ninja do not print
+
+Only the standard library is imported here: setup.py must work without torch (for an sdist), `check` before any
+environment exists. Environment variables: FASTRNN_NATIVE, FASTRNN_CUDA, MAX_JOBS, and CMake's own (CXX, CXXFLAGS).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parent.parent
+MIN_PYTHON = (3, 10)
+MIN_TORCH = (2, 11)
+SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"
+
+# What a C++20 compiler must accept: old ones know the flag, but not the library.
+CXX20_PROBE = """
+#include <bit>
+#include <concepts>
+#include <span>
+static_assert(__cplusplus >= 202002L);
+template <std::integral T> constexpr int width(T x) { return std::bit_width(static_cast<unsigned>(x)); }
+int main() { std::span<const int> s{}; return width(0) + static_cast<int>(s.size()); }
+"""
+
+
+class BuildError(RuntimeError):
+    """Something is missing; the message is one line that says what to do."""
+
+
+def version() -> str:
+    """Return `__version__` of fastrnn/__init__.py, its only source, without importing the package."""
+    text = (ROOT / "fastrnn" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r"""^__version__(?:\s*:\s*str)?\s*=\s*["']([^"']+)["']""", text, re.MULTILINE)
+    if not found:
+        raise BuildError('fastrnn/__init__.py has no line `__version__ = "..."`')
+    return found[1]
+
+
+def flag(name: str, default: bool) -> bool:
+    """Return the value of an environment variable that is 0 or 1."""
+    value = os.environ.get(name, "").strip()
+    if value not in ("", "0", "1"):
+        raise BuildError(f"{name}={value!r} is not understood: set it to 0 or 1, or unset it")
+    return default if value == "" else value == "1"
+
+
+def wants_native() -> bool:
+    """Return whether to build the native library: FASTRNN_NATIVE, else on Linux only (see docs/compatibility.md)."""
+    return flag("FASTRNN_NATIVE", default=sys.platform == "linux")
+
+
+# --- Tools ------------------------------------------------------------------------------------------------------------
+
+
+def install_hint(apt: str, dnf: str, brew: str = "") -> str:
+    """Return how to install a system package, in the words of the package manager that is there."""
+    for manager, command in (("apt-get", f"apt install {apt}"), ("dnf", f"dnf install {dnf}"), ("brew", brew)):
+        if command and shutil.which(manager):
+            return command
+    return f"apt install {apt}"
+
+
+def find_tool(name: str) -> str:
+    """Return the path of cmake or ninja: the one beside this Python, else the one on PATH."""
+    beside = shutil.which(name, path=sysconfig.get_path("scripts"))
+    found = beside or shutil.which(name)
+    if not found:
+        raise BuildError(f"{name} not found: pip install {name}")
+    return found
+
+
+def find_compiler() -> str:
+    """Return the C++ compiler's command line (CXX, else c++, g++, clang++), checked to know C++20."""
+    hint = f"{install_hint('g++', 'gcc-c++', 'xcode-select --install')}, or set CXX to another compiler"
+    asked = os.environ.get("CXX", "").strip()
+    names = [asked] if asked else ["c++", "g++", "clang++"]
+    command = next((name for name in names if shutil.which(shlex.split(name)[0])), None)
+    if command is None:
+        raise BuildError(f"C++ compiler not found ({', '.join(names)}): {hint}")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text(CXX20_PROBE, encoding="utf-8")
+        probe = subprocess.run(
+            [*shlex.split(command), "-std=c++20", "-fsyntax-only", str(source)], capture_output=True, check=False
+        )
+    if probe.returncode != 0:
+        raise BuildError(
+            f"the C++ compiler {command} does not know C++20: g++ >= 11 or clang++ >= 14 is needed ({hint})"
+        )
+    return command
+
+
+def check_python() -> None:
+    """Stop unless this Python can make a virtual environment and build an extension."""
+    have = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info < MIN_PYTHON:
+        want = ".".join(map(str, MIN_PYTHON))
+        raise BuildError(f"{sys.executable} is Python {have}, {want} or newer is needed: make PYTHON=/path/to/python3")
+    minor = ".".join(map(str, sys.version_info[:2]))
+    try:
+        import ensurepip  # noqa: F401
+        import venv  # noqa: F401
+    except ImportError:
+        hint = install_hint(f"python{minor}-venv", "python3-pip")
+        raise BuildError(f"{sys.executable} has no venv or ensurepip: {hint}") from None
+    if wants_native() and not Path(sysconfig.get_path("include"), "Python.h").exists():
+        hint = install_hint(f"python{minor}-dev", "python3-devel")
+        raise BuildError(f"Python.h of Python {have} not found: {hint} (or FASTRNN_NATIVE=0 for pure Python)")
+
+
+def check() -> None:
+    """Stop with one line at the first tool that is missing and that no package registry brings."""
+    check_python()
+    if wants_native():
+        find_compiler()
+
+
+def import_torch() -> ModuleType:
+    """Return torch, or stop with the one line that says how to get it."""
+    how = "pip install torch first, then pip install --no-build-isolation ."
+    try:
+        import torch
+    except ImportError as error:
+        why = "" if isinstance(error, ModuleNotFoundError) and error.name == "torch" else f" ({error})"
+        raise BuildError(f"fastrnn is built against the installed torch, and there is none{why}: {how}") from None
+    have = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if have < MIN_TORCH:
+        want = ".".join(map(str, MIN_TORCH))
+        raise BuildError(f"torch {torch.__version__} is too old, {want} or newer is needed: {how}")
+    return torch
+
+
+def wants_cuda(torch: ModuleType) -> bool:
+    """Return whether to build the CUDA half: FASTRNN_CUDA, else if torch is a CUDA build and nvcc is there.
+
+    Whether this machine has a GPU is not asked: machines that build often have none.
+    """
+    homes = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
+    nvcc = any(home and Path(home, "bin", "nvcc").exists() for home in homes) or shutil.which("nvcc") is not None
+    wanted = flag("FASTRNN_CUDA", default=torch.version.cuda is not None and nvcc)
+    if wanted and torch.version.cuda is None:
+        raise BuildError(f"FASTRNN_CUDA=1, but torch {torch.__version__} is not a CUDA build: install one, or unset it")
+    if wanted and not nvcc:
+        raise BuildError("FASTRNN_CUDA=1, but nvcc is not found: set CUDA_HOME, or unset FASTRNN_CUDA")
+    return wanted
+
+
+# --- CMake ------------------------------------------------------------------------------------------------------------
+
+
+def build_tag(torch: ModuleType) -> str:
+    """Return a folder name that differs wherever object files cannot be shared."""
+    torch_version = torch.__version__.replace("+", "-")
+    return f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-torch-{torch_version}"
+
+
+def cmake_arguments(torch: ModuleType, build: Path, extra: list[str]) -> list[str]:
+    """Return the arguments that configure `build`: the whole interface between Python and CMakeLists.txt."""
+    from torch.utils import cpp_extension
+
+    cuda = wants_cuda(torch)
+    device = "cuda" if cuda else "cpu"
+    return [
+        "-S", str(ROOT),
+        "-B", str(build),
+        "-G", "Ninja",
+        f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
+        f"-DCMAKE_CXX_COMPILER={shutil.which(shlex.split(find_compiler())[0])}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DFASTRNN_OUTPUT_DIR={build / 'lib'}",
+        f"-DFASTRNN_EXT_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}",
+        f"-DFASTRNN_TORCH_INCLUDE={';'.join(cpp_extension.include_paths(device))}",
+        f"-DFASTRNN_TORCH_LIB={cpp_extension.library_paths(device)[0]}",
+        f"-DFASTRNN_VERSION={version()}",
+        f"-DFASTRNN_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
+        f"-DFASTRNN_CUDA={int(cuda)}",
+        *extra,
+    ]  # fmt: skip
+
+
+def jobs() -> str:
+    """Return how many compilers run at once: MAX_JOBS, else one for each CPU that this process may use."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return os.environ.get("MAX_JOBS", "").strip() or str(cpus or 1)
+
+
+def run(command: list[str]) -> None:
+    """Run a program of the build, its output shown as it comes."""
+    sys.stdout.flush()
+    try:
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+    except subprocess.CalledProcessError as error:
+        what = " ".join(command[:2])
+        raise BuildError(f"`{what} ...` failed with status {error.returncode}; its own message stands above") from None
+
+
+def configure_and_build(build: Path, extra: list[str], target: str) -> None:
+    """Configure `build` where its command line is new, then build `target`."""
+    cmake = find_tool("cmake")
+    arguments = cmake_arguments(import_torch(), build, extra)
+    wanted = "\n".join([cmake, os.environ.get("CXX", ""), os.environ.get("CXXFLAGS", ""), *arguments])
+    configured = build / "fastrnn-configured.txt"
+    if not configured.exists() or configured.read_text(encoding="utf-8") != wanted:
+        # CMake keeps a compiler and tools that it found once; what was configured otherwise starts anew.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        shutil.rmtree(build / "CMakeFiles", ignore_errors=True)
+        run([cmake, *arguments])
+        configured.write_text(wanted, encoding="utf-8")
+    run([cmake, "--build", str(build), "--target", target, "--parallel", jobs()])
+
+
+def build_library(extra: list[str] | None = None) -> Path:
+    """Build the library and return its path (below build/, for the caller to copy)."""
+    build = ROOT / "build" / build_tag(import_torch())
+    configure_and_build(build, ["-DCMAKE_BUILD_TYPE=Release", *(extra or [])], "all")
+    library = build / "lib" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not library.exists():
+        raise BuildError(f"CMake built no {library.relative_to(ROOT)}: CMakeLists.txt does not use FASTRNN_OUTPUT_DIR")
+    return library
+
+
+def build_tests(sanitize: bool) -> Path:
+    """Build the C++ tests and return the folder in which ctest runs them."""
+    build = ROOT / "build" / ("cpp-tests-sanitize" if sanitize else "cpp-tests")
+    extra = ["-DFASTRNN_BUILD_TESTS=ON", f"-DCMAKE_BUILD_TYPE={'RelWithDebInfo' if sanitize else 'Release'}"]
+    if sanitize:
+        extra.append(f"-DCMAKE_CXX_FLAGS={SANITIZERS}")
+    configure_and_build(build, extra, "fastrnn_cpp_tests")
+    return build
+
+
+def main() -> None:
+    """Run one of the three commands."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["check", "build", "tests"])
+    parser.add_argument("--sanitize", action="store_true", help="build the tests with address and undefined sanitizers")
+    arguments = parser.parse_args()
+    try:
+        if arguments.command == "check":
+            check()
+        elif arguments.command == "tests":
+            build_tests(arguments.sanitize)
+        elif wants_native():
+            library = build_library()
+            shutil.copy2(library, ROOT / "fastrnn" / library.name)
+    except BuildError as error:
+        sys.exit(f"fastrnn: {error}")
+
+
+if __name__ == "__main__":
+    main()
