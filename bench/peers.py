@@ -106,7 +106,7 @@ def _onnxruntime(problem: Problem, threads: int) -> Variant:
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # Its threads may spin during a call, as torch's do, but not after it: they would take the cores of the next in turn.
+    # Its threads may spin during a call, as torch's do, but not after it: the next in turn needs the cores.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = runtime.InferenceSession(onnx_model(problem), options, providers=["CPUExecutionProvider"])
     inputs = peer_inputs(problem)

@@ -24,8 +24,9 @@ MIN_SAMPLE_SECONDS = 200e-6
 # Up to this duration a call is repeated once, unmeasured, before each sample: the function timed before has left its
 # own data in the caches and its own threads spinning, and a short call would pay for both. A long call hardly can.
 LEAD_IN_SECONDS = 5e-3
-# A first call that takes this many samples' time is warm-up enough, and needs no count of calls.
-LONG_CALL = 100
+# Warm-up calls of each function; a long function gets fewer.
+WARM_UP_CALLS = 4
+WARM_UP_SECONDS = 0.3
 MIN_ROUNDS = 5
 FEWEST_ROUNDS = 3
 MAX_ROUNDS = 1000
@@ -167,14 +168,21 @@ def compare(
 
 
 def _plan(function: Function, clock: Clock, min_sample: float) -> tuple[int, bool]:
-    """Warm the function up and find the calls of a sample and whether a lead-in call goes before it."""
+    """Warm the function up and find the calls of a sample and whether a lead-in call goes before it.
+
+    The quickest of some calls decides: one that hits a disturbance, or lazy initialisation, would make a short function
+    look long, and its samples too short.
+    """
+    trials = [clock.sample(function, 1)]
+    while len(trials) < WARM_UP_CALLS and sum(trials) < WARM_UP_SECONDS:
+        trials.append(clock.sample(function, 1))
+    call = seconds = min(trials)
     calls = 1
-    if (seconds := clock.sample(function, calls)) > LONG_CALL * min_sample:
-        return calls, False
-    while (seconds := clock.sample(function, calls)) < min_sample:
-        # By what is missing and a little more, but never by more than 10 times: the first samples are the slow ones.
-        calls = max(calls + 1, min(10 * calls, int(1.2 * calls * min_sample / max(seconds, 1e-9))))
-    return calls, seconds / calls < LEAD_IN_SECONDS
+    while seconds < min_sample:
+        # What is missing and a tenth more, but never above 10 times at once: short samples are uncertain.
+        calls = max(calls + 1, min(10 * calls, math.ceil(1.1 * calls * min_sample / max(seconds, 1e-9))))
+        seconds = clock.sample(function, calls)
+    return calls, call < LEAD_IN_SECONDS
 
 
 @contextmanager
