@@ -1,0 +1,110 @@
+"""``python -m bench``: times selected rows of the layer table; ``python -m bench all``: what ``make bench`` runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from bench import cases
+
+BACKENDS = ("auto", "native", "python")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Times fastrnn and torch.nn in turn and prints the ratio: above 1, fastrnn is faster.",
+        epilog="cases: " + ", ".join(case.name for case in cases.CASES),
+    )
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=("layers", "charlm", "all"),
+        default="layers",
+        help="layers: the rows selected below (default); charlm: train the language model; "
+        "all: both, within --total seconds, written to --out",
+    )
+    parser.add_argument("--cell", nargs="+", choices=cases.CELLS, default=list(cases.CELLS))
+    parser.add_argument("--case", nargs="+", metavar="NAME", help="names or patterns such as 'stream-*' (default: all)")
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
+    parser.add_argument("--mode", nargs="+", choices=cases.MODES, default=list(cases.MODES))
+    parser.add_argument("--threads", nargs="+", type=int, default=[0], help="thread counts; 0: all (default)")
+    parser.add_argument("--backend", choices=BACKENDS, help="sets FASTRNN_BACKEND")
+    parser.add_argument("--peer", nargs="+", choices=("onnxruntime", "openvino"), default=[], help="in inference")
+    parser.add_argument("--budget", type=float, default=1.0, help="seconds for each row (default 1; at least 5 rounds)")
+    parser.add_argument("--total", type=float, default=270.0, help="seconds for all that 'all' does (default 270)")
+    parser.add_argument("--quick", action="store_true", help="a language model of a few seconds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE as well")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where 'all' writes (default bench/out)")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace, console: Console) -> None:
+    """Do what the command line asks."""
+    # Late, so that --help needs no torch, and the backend is chosen before fastrnn is imported.
+    from bench import charlm, report, table
+
+    begin = time.perf_counter()
+    info = report.machine()
+    console.print(f"{info['cpu']}, {info['cores']} cores, {info['threads']} threads; torch {info['torch']}")
+    console.print(f"fastrnn {info['fastrnn']}, commit {info['commit']}: {info['build_info']}", style="dim")
+
+    language_model = None
+    if options.what in ("all", "charlm"):
+        settings = charlm.Settings.quick() if options.quick else charlm.Settings()
+        language_model = charlm.run(settings, console)
+        charlm.show(language_model, console)
+
+    rows: list[table.Row] = []
+    if options.what in ("all", "layers"):
+        selection = table.Selection(
+            cases.select(options.case), options.cell, options.mode, options.dtype, options.threads, options.peer
+        )
+        total = options.total - (time.perf_counter() - begin) if options.what == "all" else None
+        rows = table.measure_table(selection, console, budget=options.budget, total=total)
+        table.show(rows, console)
+
+    if options.json:
+        options.json.write_text(report.to_json(rows, info, language_model), encoding="utf-8")
+    if options.what == "all":
+        written = report.write(rows, info, language_model, options.out or report.OUT)
+        console.print("Written: " + ", ".join(str(path) for path in written))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, with what the user can mend (a missing package, wrong results) told in one line."""
+    options = parse(arguments)
+    if options.backend:
+        os.environ["FASTRNN_BACKEND"] = options.backend
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width of its own
+        console = Console(width=110)
+    try:
+        cases.select(options.case)
+        if options.peer:
+            from bench.peers import require_peer
+
+            for peer in options.peer:
+                require_peer(peer)
+    except (ValueError, RuntimeError) as error:
+        console.print(f"bench: {error}", style="bold red", markup=False)
+        return 2
+    from bench.layers import DisagreementError
+
+    try:
+        run(options, console)
+    except DisagreementError as error:
+        console.print(f"bench: {error}", style="bold red", markup=False)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""The named CPU cases: which shapes are timed, and whose work each of them stands for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+CELLS = ("rnn", "lstm", "gru")
+MODES = ("inference", "training")
+GATES = {"rnn": 1, "lstm": 4, "gru": 3}
+
+RESET_PROBABILITY = 0.03
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of a single-layer, unidirectional recurrent module.
+
+    Parameters
+    ----------
+    name : str
+        What ``--case`` selects.
+    batch, steps, input_size, hidden_size : int
+        N, T, I and H.
+    work : str
+        Whose work the shape stands for.
+    ragged : bool
+        The rows of the batch have lengths from ``steps`` down to 5% of it (a PackedSequence in torch).
+    resets : bool
+        A new sequence starts at about 3% of the (t, n), as at the end of an episode.
+    stateful : bool
+        The initial state is given, as it is when the call continues an earlier one; otherwise it is left to be zeros.
+    """
+
+    name: str
+    batch: int
+    steps: int
+    input_size: int
+    hidden_size: int
+    work: str
+    ragged: bool = False
+    resets: bool = False
+    stateful: bool = False
+
+    def lengths(self) -> Tensor:
+        """Valid steps of each row, int64 ``[N]``, in decreasing order: all T unless the case is ragged."""
+        if not self.ragged:
+            return torch.full((self.batch,), self.steps)
+        return torch.linspace(self.steps, self.steps // 20, self.batch).round().long()
+
+    def reset(self, generator: torch.Generator) -> Tensor:
+        """Bool ``[T, N]``: where a new sequence starts. The same for every call with an equally seeded generator."""
+        probability = RESET_PROBABILITY if self.resets else 0.0
+        return torch.rand(self.steps, self.batch, generator=generator) < probability
+
+    def flops(self, cell: str, mode: str) -> float:
+        """Floating-point operations of one call's matrix products (2 a multiply-add, training 3 times inference)."""
+        rows = int(self.lengths().sum())
+        forward = 2.0 * rows * GATES[cell] * self.hidden_size * (self.input_size + self.hidden_size)
+        return forward * (3.0 if mode == "training" else 1.0)
+
+    @property
+    def shape(self) -> str:
+        """The sizes as one reads them in a table."""
+        steps = f"{self.steps}..{self.lengths().min().item()}" if self.ragged else f"{self.steps}"
+        return f"N{self.batch} T{steps} I{self.input_size} H{self.hidden_size}"
+
+
+def _square(name: str, batch: int, steps: int, hidden_size: int, work: str, **flags: bool) -> Case:
+    """A case whose input is as wide as its hidden state, as in every layer of a stack but the first."""
+    return Case(f"{name}-{hidden_size}", batch, steps, hidden_size, hidden_size, work, **flags)
+
+
+CASES: tuple[Case, ...] = (
+    *(_square("stream", 1, 1, size, "real-time audio, keyboards, control", stateful=True) for size in (64, 256, 1024)),
+    *(_square("online", 1, 128, size, "one utterance at a time") for size in (64, 128, 256, 512)),
+    _square("online", 1, 64, 1024, "one utterance at a time"),
+    _square("rl", 8, 128, 128, "PPO and R2D2 with done masks", resets=True, stateful=True),
+    _square("rl", 16, 128, 256, "PPO and R2D2 with done masks", resets=True, stateful=True),
+    Case("series", 32, 100, 1, 32, "time-series forecasting"),
+    Case("tagger", 128, 100, 64, 64, "sequence labelling"),
+    Case("nlp", 16, 64, 256, 256, "classification, language models"),
+    Case("speech", 32, 64, 512, 512, "acoustic models"),
+    Case("large", 64, 64, 1024, 1024, "language models"),
+    Case("wide", 256, 32, 512, 512, "throughput inference"),
+    Case("ragged", 32, 400, 128, 128, "packed sequences", ragged=True),
+)
+
+
+def select(patterns: list[str] | None) -> list[Case]:
+    """The cases whose names match any of the shell patterns (``stream-*``), in the table's order; None: all.
+
+    Raises
+    ------
+    ValueError
+        If a pattern matches no case; the message lists the names.
+    """
+    if patterns is None:
+        return list(CASES)
+    for pattern in patterns:
+        if not any(fnmatchcase(case.name, pattern) for case in CASES):
+            raise ValueError(f"no case matches {pattern!r}; the cases are {', '.join(case.name for case in CASES)}")
+    return [case for case in CASES if any(fnmatchcase(case.name, pattern) for pattern in patterns)]

@@ -1,0 +1,278 @@
+"""One row of the layer table: a case, a cell and a mode, run by torch.nn, by fastrnn and by further peers.
+
+All of them get the same weights and the same random data, and must agree before they are timed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from bench import timing
+from bench.cases import Case
+
+CLASSES = {"rnn": "RNN", "lstm": "LSTM", "gru": "GRU"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# Largest difference allowed between two implementations, relative to the largest value of the tensor. It is there to
+# refuse to time wrong work (one wrong gate is off by 0.1 and more); the accuracy itself is the tests' subject. A
+# bfloat16 has 8 bits, and its rounding (0.4%) enters anew at every step, at places that each implementation chooses.
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+
+State = Tensor | tuple[Tensor, Tensor]
+
+
+class DisagreementError(AssertionError):
+    """Two implementations of the same work gave different results."""
+
+
+def load_fastrnn() -> ModuleType:
+    """The package under test, imported late so that ``--help`` and the table of cases need no build."""
+    return importlib.import_module("fastrnn")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The data of one row of the table, the same for every implementation."""
+
+    case: Case
+    cell: str
+    input: Tensor  # [T, N, I]
+    hx: State | None  # h0 (LSTM: and c0), each [1, N, H]; None: zeros
+    reset: Tensor  # bool [T, N]
+    grad_output: Tensor  # [T, N, H]
+    reference: nn.RNNBase  # the torch.nn module, whose weights all share
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.input.dtype
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """The valid rows ``[rows, ...]`` of a tensor ``[T, N, ...]``, in the order of a PackedSequence."""
+        return pack_padded_sequence(padded, self.case.lengths()).data
+
+
+def make_problem(
+    case: Case, cell: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
+) -> Problem:
+    """Random data and a randomly initialised module for one case; equal seeds give equal problems."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        reference = getattr(nn, CLASSES[cell])(case.input_size, case.hidden_size).to(device, dtype)
+    hx: State | None = None
+    if case.stateful:
+        # Within (-1, 1), as a hidden state is.
+        hx = random(1, case.batch, case.hidden_size).tanh()
+        if cell == "lstm":
+            hx = (hx, random(1, case.batch, case.hidden_size))
+    return Problem(
+        case=case,
+        cell=cell,
+        input=random(case.steps, case.batch, case.input_size),
+        hx=hx,
+        reset=case.reset(generator).to(device),
+        grad_output=random(case.steps, case.batch, case.hidden_size),
+        reference=reference,
+    )
+
+
+@dataclass
+class Variant:
+    """One implementation of a problem's work.
+
+    Parameters
+    ----------
+    name : str
+        As it stands in the results.
+    forward : callable
+        Runs the layer on data bound beforehand and returns its output in the implementation's own layout.
+    rows : callable
+        Brings that layout, or that of the input's gradient, to the one in which results are compared.
+    expected : str
+        The variant whose results this one must reproduce.
+    module, leaf, grad_output : optional
+        What training needs besides; without a module the variant is for inference only.
+    """
+
+    name: str
+    forward: Callable[[], object]
+    rows: Callable[[object], Tensor]
+    expected: str = "torch"
+    module: nn.Module | None = None
+    leaf: Tensor | None = None
+    grad_output: Tensor | None = None
+
+    def train(self) -> None:
+        """Forward and backward; the gradients are made anew, as an optimizer's ``zero_grad`` leaves them."""
+        self.module.zero_grad(set_to_none=True)
+        self.leaf.grad = None
+        self.forward().backward(self.grad_output)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Gradients of the input and of the weights after one training call."""
+        self.train()
+        weights = {name: parameter.grad for name, parameter in self.module.named_parameters()}
+        return {"input": self.rows(self.leaf.grad), **weights}
+
+
+def _plain(name: str, module: nn.RNNBase, problem: Problem, **kwargs: Tensor) -> Variant:
+    """A padded batch ``[T, N, I]``; ``kwargs`` are fastrnn's own (lengths, reset)."""
+    leaf, hx = problem.input.clone().requires_grad_(), problem.hx
+    grad_output = problem.grad_output
+    if problem.case.ragged:  # nothing beyond a row's length has a gradient
+        packed = pack_padded_sequence(grad_output, problem.case.lengths())
+        grad_output = pad_packed_sequence(packed)[0]
+    return Variant(
+        name, lambda: module(leaf, hx, **kwargs)[0], problem.pack, module=module, leaf=leaf, grad_output=grad_output
+    )
+
+
+def _packed(name: str, module: nn.RNNBase, problem: Problem) -> Variant:
+    """A PackedSequence, packed beforehand: packing is the data loader's work."""
+    packed = pack_padded_sequence(problem.input, problem.case.lengths())
+    leaf, hx = packed.data.clone().requires_grad_(), problem.hx
+    return Variant(
+        name,
+        lambda: module(PackedSequence(leaf, packed.batch_sizes), hx)[0].data,
+        lambda rows: rows,
+        module=module,
+        leaf=leaf,
+        grad_output=problem.pack(problem.grad_output),
+    )
+
+
+def _stepwise(module: nn.RNNBase, problem: Problem) -> Variant:
+    """Resets as they are written with torch.nn: a call for every step, its state masked."""
+    leaf = problem.input.clone().requires_grad_()
+    keep = problem.reset.logical_not().to(problem.dtype)[:, None, :, None]  # [T, 1, N, 1]
+
+    def forward() -> Tensor:
+        state, outputs = problem.hx, []
+        for step in range(problem.case.steps):
+            mask = keep[step]
+            state = tuple(part * mask for part in state) if isinstance(state, tuple) else state * mask
+            output, state = module(leaf[step : step + 1], state)
+            outputs.append(output)
+        return torch.cat(outputs)
+
+    return Variant("torch-stepwise", forward, problem.pack, module=module, leaf=leaf, grad_output=problem.grad_output)
+
+
+def variants(problem: Problem) -> list[Variant]:
+    """The implementations in torch.nn and fastrnn of a problem's work, torch's own first."""
+    reference = problem.reference
+    module = getattr(load_fastrnn(), CLASSES[problem.cell])(problem.case.input_size, problem.case.hidden_size)
+    module = module.to(problem.input.device, problem.dtype)
+    module.load_state_dict(reference.state_dict())
+    if problem.case.ragged:
+        with_lengths = _plain("fastrnn-lengths", module, problem, lengths=problem.case.lengths())
+        return [_packed("torch", reference, problem), _packed("fastrnn", module, problem), with_lengths]
+    if problem.case.resets:
+        # torch.nn has no resets: its time is that of the plain call, which does less and gives another result. What
+        # gives the same result is a loop over the steps, timed beside it.
+        ours, loop = _plain("fastrnn", module, problem, reset=problem.reset), _stepwise(reference, problem)
+        ours.expected = loop.expected = loop.name
+        return [_plain("torch", reference, problem), ours, loop]
+    return [_plain("torch", reference, problem), _plain("fastrnn", module, problem)]
+
+
+def check(problem: Problem, runs: Sequence[Variant], mode: str) -> None:
+    """Run every variant once and compare outputs, and in training the gradients of input and weights.
+
+    Raises
+    ------
+    DisagreementError
+        If one differs from what it should reproduce by more than `TOLERANCES`; the message names it.
+    """
+    results = {}
+    for run in runs:
+        with torch.inference_mode(mode == "inference"):
+            results[run.name] = {"output": run.rows(run.forward())} if mode == "inference" else run.gradients()
+    for run in runs:
+        for name, expected in results[run.expected].items():
+            actual = results[run.name][name]
+            scale = expected.abs().max().item()
+            error = (actual.float() - expected.float()).abs().max().item() / (scale or 1.0)
+            if not error <= TOLERANCES[problem.dtype]:  # so written, NaN is an error
+                raise DisagreementError(
+                    f"{problem.cell} {problem.case.name} {mode}: {name} of {run.name} differs from {run.expected} by "
+                    f"{error:.2g} of the largest value (allowed: {TOLERANCES[problem.dtype]:.2g})"
+                )
+
+
+@dataclass
+class Row:
+    """What was measured for one case, cell and mode. A ratio above 1 means that fastrnn is faster."""
+
+    cell: str
+    case: str
+    shape: str
+    mode: str
+    dtype: str
+    threads: int
+    rounds: int
+    seconds: dict[str, dict[str, float]]  # by variant: "min" and "median", per call
+    ratio: float  # torch over fastrnn, minima
+    median_ratio: float  # torch over fastrnn, median of the rounds
+    peer_ratios: dict[str, float] = field(default_factory=dict)  # other variants over fastrnn, minima
+
+    @property
+    def regression(self) -> bool:
+        """Whether fastrnn is the slower one."""
+        return self.ratio < 1
+
+
+def measure(
+    case: Case,
+    cell: str,
+    mode: str,
+    *,
+    dtype: str = "float32",
+    thread_count: int | None = None,
+    peers: Sequence[str] = (),
+    budget: float = 1.0,
+    limit: float = math.inf,
+    device: torch.device | str = "cpu",
+) -> Row:
+    """Check and time one row; see `bench.timing.compare` for ``budget`` and ``limit`` (seconds).
+
+    ``peers`` are further runtimes, timed in inference with float32 only, as they offer no more.
+    """
+    with timing.threads(thread_count) as count:
+        problem = make_problem(case, cell, DTYPES[dtype], device)
+        runs = variants(problem)
+        if peers and mode == "inference" and dtype == "float32":
+            from bench.peers import peer_variant
+
+            runs += [peer_variant(peer, problem, count) for peer in peers]
+        check(problem, runs, mode)
+        # The mode is entered once, outside the samples: entering it costs as much as a tenth of the shortest call.
+        with torch.inference_mode(mode == "inference"):
+            functions = {run.name: run.forward if mode == "inference" else run.train for run in runs}
+            comparison = timing.compare(functions, budget=budget, limit=limit, clock=timing.clock_for(device))
+    others = [run.name for run in runs if run.name not in ("torch", "fastrnn")]
+    return Row(
+        cell=cell,
+        case=case.name,
+        shape=case.shape,
+        mode=mode,
+        dtype=dtype,
+        threads=count,
+        rounds=comparison.rounds,
+        seconds={name: {"min": t.minimum, "median": t.median} for name, t in comparison.timings.items()},
+        ratio=comparison.ratio_of_minima("torch", "fastrnn"),
+        median_ratio=comparison.median_ratio("torch", "fastrnn"),
+        peer_ratios={name: comparison.ratio_of_minima(name, "fastrnn") for name in others},
+    )
