@@ -58,12 +58,13 @@ struct ForwardParams {
   const T* w_hh = nullptr;       // [G*H, outputs]
   const T* w_hr = nullptr;       // [P, H] or null
   const T* bias = nullptr;       // [(G+S)*H] b_ih + b_hh; for separate gates b_ih, and b_hh behind the gates
-  const T* w_ih = nullptr;       // [G*H, I]      kNatural only
-  const T* input = nullptr;      // [rows, I]     kNatural only
+  const T* w_ih = nullptr;       // [G*H, I]      kNatural or fused input only
+  const T* input = nullptr;      // [rows, I]     kNatural or fused input only
   const T* product = nullptr;    // [N, G*H]      kProduct only: W_hh h_0
   const T* h0 = nullptr;         // [N, outputs] or null: zeros
   const T* c0 = nullptr;         // [N, H] or null: zeros
-  T* gates = nullptr;            // [rows, gates_stride] in: the input projection; out, with save: the reserve
+  T* gates = nullptr;            // [rows, gates_stride] in: the input projection, unless kNatural or fused input;
+                                 // out, with save: the reserve
   int64_t gates_stride = 0;      //
   bool save = false;             //
   T* output = nullptr;           // [rows, output_stride]

@@ -11,22 +11,14 @@ constexpr double kRegionMicroseconds = 4;     // to open a parallel region
 constexpr double kBarrierMicroseconds = 0.3;  // one barrier, the other core a little late
 constexpr int64_t kNaturalRows = 4;           // dot products read the weights once a row: few rows only
 constexpr int64_t kFullTile = 6;              // rows of a register tile
+constexpr int64_t kFusedRows = 8;             // from here on, a step reuses w_ih enough to multiply x within the tiles
+constexpr int64_t kNarrowInput = 8;           // fewer columns than a GEMM is good for
 constexpr int64_t kUnitsPerShare = 16;        // what a member must get of the units to be of use
 
-}  // namespace
-
-CpuPlan plan_cpu(const CpuProblem& p, const CpuMachine& machine) {
-  CpuPlan plan;
+void share_work(const CpuProblem& p, const CpuMachine& machine, CpuPlan& plan) {
   const LayerShape& s = p.shape;
-  const bool one_step = p.steps == 1 && !p.backward;
-  if (one_step && p.batch <= kNaturalRows) {
-    plan.recurrent = Recurrent::kNatural;
-  } else if (one_step && !s.projected) {
-    plan.recurrent = Recurrent::kProduct;
-  }
-
   const int threads = machine.threads;
-  if (threads <= 1) return plan;
+  if (threads <= 1) return;
   const double inputs = plan.recurrent == Recurrent::kNatural ? static_cast<double>(s.inputs) : 0;
   double step = 2.0 * static_cast<double>(p.batch * s.units) *
                 (p.gates * (inputs + (plan.recurrent == Recurrent::kProduct ? 0.0 : static_cast<double>(s.outputs))) +
@@ -34,12 +26,12 @@ CpuPlan plan_cpu(const CpuProblem& p, const CpuMachine& machine) {
                 kFlopsPerMicrosecond;
   step += 0.002 * static_cast<double>(p.batch * s.units * p.gates) / 4;  // the cell itself
   const double alone = step * static_cast<double>(p.steps * p.directions);
-  if (alone < 2 * kRegionMicroseconds) return plan;
+  if (alone < 2 * kRegionMicroseconds) return;
 
   // Two directions need nothing from each other.
   const int per_direction = std::max(1, threads / p.directions);
   if (p.directions == 2) plan.threads = 2;
-  if (per_direction == 1) return plan;
+  if (per_direction == 1) return;
 
   const int64_t weight_bytes = p.gates * s.units * s.outputs * p.element_size;
   const bool full_tiles = p.batch >= per_direction * kFullTile;
@@ -54,6 +46,23 @@ CpuPlan plan_cpu(const CpuProblem& p, const CpuMachine& machine) {
   } else if (units_pay) {
     plan.shard_units = true;
     plan.threads = unit_shares * p.directions;
+  }
+}
+
+}  // namespace
+
+CpuPlan plan_cpu(const CpuProblem& p, const CpuMachine& machine) {
+  CpuPlan plan;
+  const bool one_step = p.steps == 1 && !p.backward;
+  if (one_step && p.batch <= kNaturalRows) {
+    plan.recurrent = Recurrent::kNatural;
+  } else if (one_step && !p.shape.projected) {
+    plan.recurrent = Recurrent::kProduct;
+  }
+  share_work(p, machine, plan);
+  if (!p.backward && plan.recurrent == Recurrent::kPacked) {
+    const int sharing = plan.shard_units ? 1 : std::max(1, plan.threads / p.directions);
+    plan.fused_input = p.batch / sharing >= kFusedRows || (p.shape.inputs <= kNarrowInput && p.batch > 1);
   }
   return plan;
 }

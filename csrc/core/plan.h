@@ -25,6 +25,7 @@ struct CpuProblem {
 
 struct CpuPlan {
   Recurrent recurrent = Recurrent::kPacked;
+  bool fused_input = false;  // the scan multiplies the input too, in the same tiles: no buffer of projections
   int threads = 1;           // of the region, all directions together
   bool shard_units = false;  // members share the units, with a barrier a step; else they share the batch
 };

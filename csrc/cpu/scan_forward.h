@@ -15,7 +15,10 @@ class ForwardScan {
   static constexpr int kUnitVectors = kGates == 1 ? 4 : 1;  // a tile about four vectors wide, for any number of gates
   static constexpr int kVectors = kGates * kUnitVectors;
   static constexpr int64_t kUnits = kUnitVectors * kLanes;  // of a block
+  static constexpr int kAdding = kGates - kSeparate;        // gates whose two parts add in the accumulators
+  static constexpr int kSeparateVectors = kSeparate * kUnitVectors;
   static constexpr int kTileRows = max_rows(kVectors);
+  static constexpr int kFusedRows = max_rows(kVectors + kSeparateVectors);
   static constexpr int kOutputVectors = 4;                  // of a tile of the projection
   static constexpr int64_t kOutputs = kOutputVectors * kLanes;
   static constexpr int kOutputRows = max_rows(kOutputVectors);
@@ -25,9 +28,9 @@ class ForwardScan {
   struct Row {
     const T* h;         // [outputs] the state that enters
     const T* state;     // [H] the element state that enters
-    const T* input;     // [I] kNatural only
+    const T* input;     // [I] kNatural or fused input only
     const T* product;   // [G*H] kProduct only
-    T* gates;           // [G*H] the input projection; with save, the reserve
+    T* gates;           // [G*H] the input projection; with save, the reserve; null if neither
     T* activation;      // [H] projected only: o tanh(c), before the projection
     T* next;            // [outputs] where the next step finds h
     T* output;          // [outputs]
@@ -37,7 +40,8 @@ class ForwardScan {
   };
 
   struct Scratch {
-    T* packed;      // [blocks][depth][kVectors][lanes]
+    T* packed;      // [blocks][outputs][kVectors][lanes]
+    T* packed_input;  // [blocks][I][kVectors][lanes] fused input only
     T* projection;  // [blocks of P][H][kOutputVectors][lanes]
     T* h;           // [2][N, outputs]: read one, write the other
     T* activation;  // [N, H]
@@ -76,6 +80,8 @@ class ForwardScan {
     const bool packed = scan.plan.recurrent == Recurrent::kPacked;
     Scratch s;
     s.packed = arena.take<T>(packed ? blocks(shape.units, kUnits) * shape.outputs * kVectors * kLanes : 0);
+    s.packed_input = arena.take<T>(
+        scan.plan.fused_input ? blocks(shape.units, kUnits) * shape.inputs * kVectors * kLanes : 0);
     s.projection = arena.take<T>(
         shape.projected && packed ? blocks(shape.outputs, kOutputs) * shape.units * kOutputs : 0);
     s.h = arena.take<T>(2 * batch * shape.outputs);
@@ -112,6 +118,10 @@ class ForwardScan {
       for (int64_t b = units.begin; b < units.end; ++b) {
         pack_transposed<kGates, kUnitVectors>(p_.w_hh, shape_.units, shape_.outputs, b,
                                               s_.packed + b * shape_.outputs * kVectors * kLanes);
+        if (scan_.plan.fused_input) {
+          pack_transposed<kGates, kUnitVectors>(p_.w_ih, shape_.units, shape_.inputs, b,
+                                                s_.packed_input + b * shape_.inputs * kVectors * kLanes);
+        }
       }
       if (shape_.projected) {
         const Range outputs = share(output_blocks(), place_.member, place_.members);
@@ -145,7 +155,7 @@ class ForwardScan {
       const bool flows = rows_.flows(t, n, p_.reverse), enters = rows_.enters(t, n, p_.reverse);
       Row& r = rows[i - range.begin];
       r.h = flows ? now + n * outputs : enters && p_.h0 != nullptr ? p_.h0 + n * outputs : s_.zeros;
-      r.gates = p_.gates + row * p_.gates_stride;
+      r.gates = p_.gates == nullptr ? nullptr : p_.gates + row * p_.gates_stride;
       r.input = p_.input == nullptr ? nullptr : p_.input + row * shape_.inputs;
       r.product = p_.product == nullptr || !enters ? nullptr : p_.product + n * kGates * units;
       r.activation = s_.activation + n * units;
@@ -165,34 +175,50 @@ class ForwardScan {
   }
 
   void units_phase(int64_t s, const Row* rows, int64_t count) const {
-    const bool natural = scan_.plan.recurrent == Recurrent::kNatural;
     zigzag(place_.blocks(unit_blocks()), s, [&](int64_t block) {
-      if (natural) {
+      if (scan_.plan.recurrent == Recurrent::kNatural) {
         for (int64_t i = 0; i < count; ++i) natural_block(rows[i], block);
+      } else if (scan_.plan.fused_input) {
+        for_row_tiles<kFusedRows>(count, [&]<int kRows>(int64_t i) { tile<kRows, true>(rows + i, block); });
       } else {
-        for_row_tiles<kTileRows>(count, [&]<int kRows>(int64_t first) { tile<kRows>(rows + first, block); });
+        for_row_tiles<kTileRows>(count, [&]<int kRows>(int64_t i) { tile<kRows, false>(rows + i, block); });
       }
     });
   }
 
-  template <int kRows>
+  // Gate pre-activations of kRows rows and one block of units, and the cell on them.
+  template <int kRows, bool kFused>
   void tile(const Row* rows, int64_t block) const {
     const int64_t units = shape_.units, begin = block * kUnits;
     V sum[kRows][kVectors];
+    V input_part[kRows][kFused && kSeparate > 0 ? kSeparateVectors : 1];
     const T* h[kRows];
+    const T* x[kRows];
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) {
       h[r] = rows[r].h;
+      x[r] = rows[r].input;
 #pragma GCC unroll 32
-      for (int g = 0; g < kGates; ++g) {
+      for (int v = 0; v < kVectors; ++v) {
+        const int g = v / kUnitVectors;
+        const int64_t j = begin + v % kUnitVectors * kLanes, count = units - j;
+        sum[r][v] = count <= 0 ? V(0) : kFused ? bias(g, j, count) : start(rows[r], g, j, count);
+      }
+    }
+    if constexpr (kFused) {
+      const int64_t inputs = shape_.inputs;
+      accumulate<kRows, kVectors, T>(sum, s_.packed_input + block * inputs * kVectors * kLanes, x, inputs);
 #pragma GCC unroll 32
-        for (int u = 0; u < kUnitVectors; ++u) {
-          const int64_t j = begin + u * kLanes, count = units - j;
-          sum[r][g * kUnitVectors + u] = count <= 0 ? V(0) : start(rows[r], g, j, count);
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 32
+        for (int v = kVectors - kSeparateVectors; v < kVectors; ++v) {  // the separate gates begin again
+          const int64_t j = begin + v % kUnitVectors * kLanes, count = units - j;
+          input_part[r][v - kVectors + kSeparateVectors] = sum[r][v];
+          sum[r][v] = count <= 0 ? V(0) : bias(v / kUnitVectors + kSeparate, j, count);
         }
       }
     }
-    if (scan_.plan.recurrent == Recurrent::kPacked) {
+    if (kFused || scan_.plan.recurrent == Recurrent::kPacked) {
       accumulate<kRows, kVectors, T>(sum, s_.packed + block * shape_.outputs * kVectors * kLanes, h, shape_.outputs);
     }
 #pragma GCC unroll 32
@@ -201,39 +227,40 @@ class ForwardScan {
       for (int u = 0; u < kUnitVectors; ++u) {
         const int64_t j = begin + u * kLanes, count = units - j;
         if (count <= 0) continue;
-        V gate[kGates];
+        V gate[kGates + kSeparate];
 #pragma GCC unroll 32
-        for (int g = 0; g < kGates; ++g) gate[g] = sum[r][g * kUnitVectors + u];
+        for (int g = 0; g < kGates; ++g) {
+          const V v = sum[r][g * kUnitVectors + u];
+          if (g < kAdding) {
+            gate[g] = v;
+          } else {
+            gate[g] = kFused ? input_part[r][(g - kAdding) * kUnitVectors + u]
+                             : load(rows[r].gates + g * units + j, count) + bias(g, j, count);
+            gate[g + kSeparate] = v;
+          }
+        }
         finish(rows[r], j, count, gate);
       }
     }
   }
 
+  // Of gate g; those of the recurrent parts of separate gates lie behind the gates.
+  FASTRNN_INLINE V bias(int g, int64_t j, int64_t count) const { return load(p_.bias + g * shape_.units + j, count); }
+
   // What gate g starts from: bias and input projection; for a separate gate only the bias of its recurrent part.
   FASTRNN_INLINE V start(const Row& row, int g, int64_t j, int64_t count) const {
     const int64_t at = g * shape_.units + j;
-    V v = g < kGates - kSeparate ? load(p_.bias + at, count) + load(row.gates + at, count)
-                                 : load(p_.bias + at + kSeparate * shape_.units, count);
+    V v = g < kAdding ? bias(g, j, count) + load(row.gates + at, count) : bias(g + kSeparate, j, count);
     if (row.product != nullptr) v = v + load(row.product + at, count);
     return v;
   }
 
-  // The cell, and where its results go. gate[g] is the whole pre-activation, or the recurrent part of a separate gate.
-  FASTRNN_INLINE void finish(const Row& row, int64_t j, int64_t count, const V (&gate)[kGates]) const {
+  // The cell, and where its results go.
+  FASTRNN_INLINE void finish(const Row& row, int64_t j, int64_t count, const V (&gate)[kGates + kSeparate]) const {
     const int64_t units = shape_.units;
-    V all[kGates + kSeparate];
-#pragma GCC unroll 32
-    for (int g = 0; g < kGates; ++g) {
-      if (g < kGates - kSeparate) {
-        all[g] = gate[g];
-      } else {
-        all[g] = load(row.gates + g * units + j, count) + load(p_.bias + g * units + j, count);
-        all[g + kSeparate] = gate[g];
-      }
-    }
     V state = kState == ElementState::kNone ? V(0) : load(row.state + j, count);
     V saved[Cell::kSaved];
-    const V h = Cell::forward(all, state, saved);
+    const V h = Cell::forward(gate, state, saved);
     if (p_.save) {
 #pragma GCC unroll 32
       for (int c = 0; c < Cell::kSaved; ++c) store(row.gates + c * units + j, saved[c], count);
@@ -258,44 +285,32 @@ class ForwardScan {
 
   // One row and one block with the weights as they lie: nothing is packed for a single step.
   void natural_block(const Row& row, int64_t block) const {
-    constexpr int kDots = 4;
     const int64_t units = shape_.units;
     for (int u = 0; u < kUnitVectors; ++u) {
       const int64_t j = block * kUnits + u * kLanes, count = std::min<int64_t>(kLanes, units - j);
       if (count <= 0) return;
-      V gate[kGates];
+      V gate[kGates + kSeparate];
       for (int g = 0; g < kGates; ++g) {
-        const bool separate = g >= kGates - kSeparate;
-        T sums[kLanes] = {};
-        const int64_t at = g * units + j;
-        for (int64_t lane = 0; lane < count; lane += kDots) {
-          T input[kDots] = {}, recurrent[kDots] = {};
-          dots<kDots>(input, p_.w_ih + (at + lane) * shape_.inputs, shape_.inputs, row.input, count - lane);
-          dots<kDots>(recurrent, p_.w_hh + (at + lane) * shape_.outputs, shape_.outputs, row.h, count - lane);
-          for (int64_t i = 0; i < kDots && lane + i < count; ++i) {
-            sums[lane + i] = recurrent[i];
-            // the input part goes where finish and backward look for it
-            row.gates[at + lane + i] = input[i];
-          }
+        T input[kLanes] = {}, recurrent[kLanes] = {};
+        dots(input, p_.w_ih + (g * units + j) * shape_.inputs, shape_.inputs, row.input, count);
+        dots(recurrent, p_.w_hh + (g * units + j) * shape_.outputs, shape_.outputs, row.h, count);
+        gate[g] = bias(g, j, count) + load(input, kLanes);
+        if (g < kAdding) {
+          gate[g] = gate[g] + load(recurrent, kLanes);
+        } else {
+          gate[g + kSeparate] = bias(g + kSeparate, j, count) + load(recurrent, kLanes);
         }
-        gate[g] = load(sums, kLanes) + (separate ? load(p_.bias + at + kSeparate * units, count)
-                                                 : load(p_.bias + at, count) + load(row.gates + at, count));
       }
       finish(row, j, count, gate);
     }
   }
 
-  template <int kDots>
-  FASTRNN_INLINE static void dots(T (&sum)[kDots], const T* w, int64_t depth, const T* x, int64_t rows) {
-    if (rows >= kDots) {
-      dot<kDots>(sum, w, depth, x, depth);
-    } else {
-      for (int64_t i = 0; i < rows; ++i) {
-        T one[1] = {};
-        dot<1>(one, w + i * depth, depth, x, depth);
-        sum[i] = one[0];
-      }
-    }
+  // Dot products of `count` rows of w, one after the other in memory, with x.
+  FASTRNN_INLINE static void dots(T* sum, const T* w, int64_t depth, const T* x, int64_t count) {
+    constexpr int kTogether = 4;
+    int64_t i = 0;
+    for (; i + kTogether <= count; i += kTogether) dot<kTogether>(sum + i, w + i * depth, depth, x, depth);
+    for (; i < count; ++i) dot<1>(sum + i, w + i * depth, depth, x, depth);
   }
 
   void projection_phase(int64_t s, const Row* rows, int64_t count) const {
@@ -336,11 +351,7 @@ class ForwardScan {
       const int64_t j = block * kOutputs + v * kLanes, count = std::min<int64_t>(kLanes, shape_.outputs - j);
       if (count <= 0) return;
       T sums[kLanes] = {};
-      for (int64_t i = 0; i < count; ++i) {
-        T one[1] = {};
-        dot<1>(one, p_.w_hr + (j + i) * shape_.units, shape_.units, row.activation, shape_.units);
-        sums[i] = one[0];
-      }
+      dots(sums, p_.w_hr + j * shape_.units, shape_.units, row.activation, count);
       leave(row, j, load(sums, kLanes), count);
     }
   }

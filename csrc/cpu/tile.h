@@ -72,9 +72,9 @@ FASTRNN_INLINE void accumulate(Vec<T> (&sum)[kRows][kVectors], const T* w, const
   }
 }
 
-// Dot products of kRows rows of w (row stride `stride`) with x.
+// sum[r] = the dot product of row r of w (row stride `stride`) with x.
 template <int kRows, class T>
-FASTRNN_INLINE void dot(T (&sum)[kRows], const T* w, int64_t stride, const T* x, int64_t depth) {
+FASTRNN_INLINE void dot(T* sum, const T* w, int64_t stride, const T* x, int64_t depth) {
   using V = Vec<T>;
   V s[kRows];
 #pragma GCC unroll 32
@@ -92,7 +92,7 @@ FASTRNN_INLINE void dot(T (&sum)[kRows], const T* w, int64_t stride, const T* x,
   }
 #pragma GCC unroll 32
   for (int r = 0; r < kRows; ++r) {
-    sum[r] += at::vec::vec_reduce_all<T>([](V a, V b) { return a + b; }, s[r]);
+    sum[r] = at::vec::vec_reduce_all<T>([](V a, V b) { return a + b; }, s[r]);
   }
 }
 

@@ -51,6 +51,7 @@ py::dict plan(const std::string& cell, int64_t steps, int64_t batch, int64_t inp
   result["recurrent"] = forward.recurrent == Recurrent::kPacked    ? "packed"
                         : forward.recurrent == Recurrent::kNatural ? "natural"
                                                                    : "product";
+  result["fused_input"] = forward.fused_input;
   result["threads"] = forward.threads;
   result["shard"] = forward.threads <= directions ? "none" : forward.shard_units ? "units" : "batch";
   if (training) {

@@ -82,7 +82,7 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, const Tenso
   const Sizes z(l);
   const auto options = input.options();
   Scan scan = make_scan(kind, l, z, table, sizeof(T), false);
-  const bool natural = scan.plan.recurrent == Recurrent::kNatural;
+  const bool projects = scan.plan.recurrent == Recurrent::kNatural || scan.plan.fused_input;
   const int64_t directions = l.directions, total = table.total();
 
   const auto by_rows = [&](int64_t last) {
@@ -101,9 +101,11 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, const Tenso
   if (has_cell && need_steps) result.push_back(allocate(directions * z.units));
 
   // The input projection's buffer is the reserve: its first G columns, in units of H, turn into the activated gates.
+  // Where the scan multiplies the input itself, and nothing is saved, there is no buffer.
   const int64_t columns = z.units * (need_reserve ? l.reserve_columns_in_units(kind) : cell.gates);
   std::vector<int64_t> gates_shape = by_rows(columns);
   gates_shape.insert(gates_shape.begin(), directions);
+  if (projects && !need_reserve) gates_shape.assign({0});
   Tensor gates = at::empty(gates_shape, options);
   if (need_reserve && table.ragged() && !l.packed) gates.zero_();
 
@@ -122,7 +124,7 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, const Tenso
     p.bias = direction_bias;
     if (!hx.empty()) p.h0 = direction(data<T>(hx[0]), d, z.batch * z.outputs);
     if (hx.size() > 1) p.c0 = direction(data<T>(hx[1]), d, z.batch * z.units);
-    p.gates = gates.mutable_data_ptr<T>() + d * total * columns;
+    if (gates.numel() > 0) p.gates = gates.mutable_data_ptr<T>() + d * total * columns;
     p.gates_stride = columns;
     p.save = need_reserve;
     p.output = result[0].mutable_data_ptr<T>() + d * z.outputs;
@@ -133,7 +135,7 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, const Tenso
       p.cells = result[3].mutable_data_ptr<T>() + d * z.units;
       p.cells_stride = directions * z.units;
     }
-    if (natural) {
+    if (projects) {
       p.w_ih = data<T>(weights[l.w_ih(d)]);
       p.input = data<T>(x);
     } else if (total > 0) {
