@@ -152,14 +152,15 @@ class BackwardScan {
   // grad_h_t for one block of its columns. Unprojected, these are units, and the cell follows while it is in registers.
   template <bool kProjected>
   void phase(int64_t s, const Row* rows, int64_t count) const {
-    zigzag(place_.blocks(output_blocks()), s, [&](int64_t block) {
+    zigzag(place_.blocks(output_blocks()), s, [&](int64_t block, int64_t next) {
       for_row_tiles<kTileRows>(
-          count, [&]<int kRows>(int64_t first) { hidden_tile<kRows, kProjected>(rows + first, block, s > 0); });
+          count, [&]<int kRows>(int64_t i) { hidden_tile<kRows, kProjected>(rows, i, block, next, s > 0); });
     });
   }
 
   template <int kRows, bool kProjected>
-  void hidden_tile(const Row* rows, int64_t block, bool recurrent) const {
+  void hidden_tile(const Row* all_rows, int64_t first, int64_t block, int64_t next, bool recurrent) const {
+    const Row* rows = all_rows + first;
     const int64_t outputs = shape_.outputs, units = shape_.units;
     V sum[kRows][kVectors];
     const T* gates[kRows];
@@ -182,11 +183,12 @@ class BackwardScan {
       }
     }
     if (recurrent) {
-      const T* w = s_.packed + block * kGates * units * kWidth;
       constexpr int kAdding = kGates - kSeparate;
-      accumulate<kRows, kVectors, T>(sum, w, gates, kAdding * units);
+      const auto [w, ahead] = packed_block<kVectors>(s_.packed, kGates * units, block, next, first / kRows);
+      accumulate<kRows, kVectors, T>(sum, {w, ahead}, gates, kAdding * units);
       if constexpr (kSeparate > 0) {
-        accumulate<kRows, kVectors, T>(sum, w + kAdding * units * kWidth, separate, kSeparate * units);
+        const int64_t at = kAdding * units * kWidth;
+        accumulate<kRows, kVectors, T>(sum, {w + at, ahead + at}, separate, kSeparate * units);
       }
     }
 #pragma GCC unroll 32
@@ -205,13 +207,15 @@ class BackwardScan {
   }
 
   void projection_phase(int64_t s, const Row* rows, int64_t count) const {
-    zigzag(place_.blocks(unit_blocks()), s, [&](int64_t block) {
-      for_row_tiles<kTileRows>(count, [&]<int kRows>(int64_t first) { projection_tile<kRows>(rows + first, block); });
+    zigzag(place_.blocks(unit_blocks()), s, [&](int64_t block, int64_t next) {
+      for_row_tiles<kTileRows>(
+          count, [&]<int kRows>(int64_t i) { projection_tile<kRows>(rows, i, block, next); });
     });
   }
 
   template <int kRows>
-  void projection_tile(const Row* rows, int64_t block) const {
+  void projection_tile(const Row* all_rows, int64_t first, int64_t block, int64_t next) const {
+    const Row* rows = all_rows + first;
     V sum[kRows][kVectors];
     const T* grad[kRows];
 #pragma GCC unroll 32
@@ -220,7 +224,8 @@ class BackwardScan {
 #pragma GCC unroll 32
       for (int v = 0; v < kVectors; ++v) sum[r][v] = V(0);
     }
-    accumulate<kRows, kVectors, T>(sum, s_.projection + block * shape_.outputs * kWidth, grad, shape_.outputs);
+    accumulate<kRows, kVectors, T>(
+        sum, packed_block<kVectors>(s_.projection, shape_.outputs, block, next, first / kRows), grad, shape_.outputs);
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 32

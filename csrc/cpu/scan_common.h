@@ -73,13 +73,14 @@ void run_directions(const Scan& scan, const Work& work) {
   });
 }
 
-// Calls f(block) over a range, back and forth: on odd steps it begins with the weights that the cache still holds.
+// Calls f(block, the block after it) over a range, back and forth: on odd steps it begins with the weights that the
+// cache still holds.
 template <class F>
 FASTRNN_INLINE void zigzag(Range range, int64_t step, const F& f) {
   if (step % 2 == 0) {
-    for (int64_t b = range.begin; b < range.end; ++b) f(b);
+    for (int64_t b = range.begin; b < range.end; ++b) f(b, std::min(b + 1, range.end - 1));
   } else {
-    for (int64_t b = range.end - 1; b >= range.begin; --b) f(b);
+    for (int64_t b = range.end - 1; b >= range.begin; --b) f(b, std::max(b - 1, range.begin));
   }
 }
 

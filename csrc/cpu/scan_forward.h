@@ -175,21 +175,22 @@ class ForwardScan {
   }
 
   void units_phase(int64_t s, const Row* rows, int64_t count) const {
-    zigzag(place_.blocks(unit_blocks()), s, [&](int64_t block) {
+    zigzag(place_.blocks(unit_blocks()), s, [&](int64_t block, int64_t next) {
       if (scan_.plan.recurrent == Recurrent::kNatural) {
         for (int64_t i = 0; i < count; ++i) natural_block(rows[i], block);
       } else if (scan_.plan.fused_input) {
-        for_row_tiles<kFusedRows>(count, [&]<int kRows>(int64_t i) { tile<kRows, true>(rows + i, block); });
+        for_row_tiles<kFusedRows>(count, [&]<int kRows>(int64_t i) { tile<kRows, true>(rows, i, block, next); });
       } else {
-        for_row_tiles<kTileRows>(count, [&]<int kRows>(int64_t i) { tile<kRows, false>(rows + i, block); });
+        for_row_tiles<kTileRows>(count, [&]<int kRows>(int64_t i) { tile<kRows, false>(rows, i, block, next); });
       }
     });
   }
 
   // Gate pre-activations of kRows rows and one block of units, and the cell on them.
   template <int kRows, bool kFused>
-  void tile(const Row* rows, int64_t block) const {
-    const int64_t units = shape_.units, begin = block * kUnits;
+  void tile(const Row* all_rows, int64_t first, int64_t block, int64_t next) const {
+    const Row* rows = all_rows + first;
+    const int64_t units = shape_.units, begin = block * kUnits, number = first / kRows;
     V sum[kRows][kVectors];
     V input_part[kRows][kFused && kSeparate > 0 ? kSeparateVectors : 1];
     const T* h[kRows];
@@ -207,7 +208,8 @@ class ForwardScan {
     }
     if constexpr (kFused) {
       const int64_t inputs = shape_.inputs;
-      accumulate<kRows, kVectors, T>(sum, s_.packed_input + block * inputs * kVectors * kLanes, x, inputs);
+      accumulate<kRows, kVectors, T>(sum, packed_block<kVectors>(s_.packed_input, inputs, block, next, number), x,
+                                     inputs);
 #pragma GCC unroll 32
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 32
@@ -219,7 +221,8 @@ class ForwardScan {
       }
     }
     if (kFused || scan_.plan.recurrent == Recurrent::kPacked) {
-      accumulate<kRows, kVectors, T>(sum, s_.packed + block * shape_.outputs * kVectors * kLanes, h, shape_.outputs);
+      accumulate<kRows, kVectors, T>(sum, packed_block<kVectors>(s_.packed, shape_.outputs, block, next, number), h,
+                                     shape_.outputs);
     }
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) {
@@ -315,17 +318,18 @@ class ForwardScan {
 
   void projection_phase(int64_t s, const Row* rows, int64_t count) const {
     const bool natural = scan_.plan.recurrent == Recurrent::kNatural;
-    zigzag(place_.blocks(output_blocks()), s, [&](int64_t block) {
+    zigzag(place_.blocks(output_blocks()), s, [&](int64_t block, int64_t next) {
       if (natural) {
         for (int64_t i = 0; i < count; ++i) natural_projection(rows[i], block);
       } else {
-        for_row_tiles<kOutputRows>(count, [&]<int kRows>(int64_t first) { project<kRows>(rows + first, block); });
+        for_row_tiles<kOutputRows>(count, [&]<int kRows>(int64_t i) { project<kRows>(rows, i, block, next); });
       }
     });
   }
 
   template <int kRows>
-  void project(const Row* rows, int64_t block) const {
+  void project(const Row* all_rows, int64_t first, int64_t block, int64_t next) const {
+    const Row* rows = all_rows + first;
     V sum[kRows][kOutputVectors];
     const T* activation[kRows];
 #pragma GCC unroll 32
@@ -334,8 +338,9 @@ class ForwardScan {
 #pragma GCC unroll 32
       for (int v = 0; v < kOutputVectors; ++v) sum[r][v] = V(0);
     }
-    accumulate<kRows, kOutputVectors, T>(sum, s_.projection + block * shape_.units * kOutputs, activation,
-                                         shape_.units);
+    accumulate<kRows, kOutputVectors, T>(
+        sum, packed_block<kOutputVectors>(s_.projection, shape_.units, block, next, first / kRows), activation,
+        shape_.units);
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 32

@@ -19,9 +19,26 @@ constexpr int partial_sums(int rows, int vectors) {
   return room >= 4 ? 4 : room >= 2 ? 2 : 1;
 }
 
-// sum[r][v] += over k: a[r][k] * w[k][v], with w packed [k][vectors][lanes].
+// One block of packed weights, and where a tile of it looks ahead.
+template <class T>
+struct Packed {
+  const T* block;
+  const T* ahead;
+};
+
+// `tile` counts the tiles of a block: together they look at every line of the next.
+template <int kVectors, class T>
+FASTRNN_INLINE Packed<T> packed_block(const T* packed, int64_t depth, int64_t block, int64_t next, int64_t tile) {
+  constexpr int64_t kWidth = kVectors * Vec<T>::size();
+  return {packed + block * depth * kWidth, packed + next * depth * kWidth + tile % kVectors * Vec<T>::size()};
+}
+
+// sum[r][v] += over k: a[r][k] * w[k][v], with w packed [k][vectors][lanes]. The tiles of a block fetch the next block
+// from L3 meanwhile, one line a k, which costs nothing beside the FMAs.
 template <int kRows, int kVectors, class T>
-FASTRNN_INLINE void accumulate(Vec<T> (&sum)[kRows][kVectors], const T* w, const T* const (&a)[kRows], int64_t depth) {
+FASTRNN_INLINE void accumulate(Vec<T> (&sum)[kRows][kVectors], const Packed<T>& packed, const T* const (&a)[kRows],
+                               int64_t depth) {
+  const T* w = packed.block;
   using V = Vec<T>;
   constexpr int kLanes = V::size();
   constexpr int kPartials = partial_sums(kRows, kVectors);
@@ -38,6 +55,7 @@ FASTRNN_INLINE void accumulate(Vec<T> (&sum)[kRows][kVectors], const T* w, const
   for (; k + kPartials <= depth; k += kPartials) {
 #pragma GCC unroll 32
     for (int p = 0; p < kPartials; ++p) {
+      if constexpr (kPartials == 1) __builtin_prefetch(packed.ahead + k * kVectors * kLanes, 0, 2);
       V weight[kVectors];
 #pragma GCC unroll 32
       for (int v = 0; v < kVectors; ++v) weight[v] = V::loadu(w + (p * kVectors + v) * kLanes);
@@ -127,12 +145,18 @@ void pack_transposed(const T* w, int64_t units, int64_t depth, int64_t block, T*
   constexpr int64_t kStrip = 64;  // of k: a strip of the output stays in L1 while its lanes are filled one by one
   for (int64_t k0 = 0; k0 < depth; k0 += kStrip) {
     const int64_t k1 = k0 + kStrip < depth ? k0 + kStrip : depth;
-    for (int g = 0; g < kGates; ++g) {
-      for (int lane = 0; lane < kUnitVectors * kLanes; ++lane) {
-        const int64_t unit = block * kUnitVectors * kLanes + lane;
-        T* to = out + g * kUnitVectors * kLanes + lane;
-        const T* from = w + (g * units + unit) * depth;
-        for (int64_t k = k0; k < k1; ++k) to[k * kWidth] = unit < units ? from[k] : T(0);
+    for (int v = 0; v < kGates * kUnitVectors; ++v) {
+      const int64_t unit = (block * kUnitVectors + v % kUnitVectors) * kLanes;
+      const T* from = w + (v / kUnitVectors * units + unit) * depth;
+      T* to = out + v * kLanes;
+      int64_t k = k0;
+      if (unit + kLanes <= units) {
+        for (; k + kLanes <= k1; k += kLanes) {
+          at::vec::transpose_mxn<T, kLanes, kLanes>(from + k, depth, to + k * kWidth, kWidth);
+        }
+      }
+      for (int lane = 0; lane < kLanes; ++lane) {
+        for (int64_t i = k; i < k1; ++i) to[i * kWidth + lane] = unit + lane < units ? from[lane * depth + i] : T(0);
       }
     }
   }
