@@ -1,0 +1,375 @@
+// The cells and the scans of one ISA (compiled once for each): cells as scalars against SIMD and against differences of
+// their own forward; scans of cells with linear activations, where nothing saturates, against a plain loop and against
+// differences of their own forward.
+#include <limits>
+#include <vector>
+
+#include "check.h"
+#include "core/cells/gru.h"
+#include "core/cells/lstm.h"
+#include "core/cells/rnn.h"
+#include "cpu/scan_backward.h"
+#include "cpu/scan_forward.h"
+
+namespace fastrnn::test {
+inline namespace CPU_CAPABILITY {
+
+template <class Cell>
+constexpr int kInputs = Cell::kGates + Cell::kSeparate;
+
+// a h + b c of one element, and the gradients of it by the cell's backward
+template <class Cell, class V>
+struct Element {
+  V gate[kInputs<Cell>];
+  V state;
+
+  V loss(V a, V b) const {
+    V saved[Cell::kSaved], s = state;
+    const V h = Cell::forward(gate, s, saved);
+    return Cell::kState == ElementState::kCell ? a * h + b * s : a * h;
+  }
+  void gradients(V a, V b, V (&grad_gate)[kInputs<Cell>], V& grad_state) const {
+    V saved[Cell::kSaved], s = state;
+    Cell::forward(gate, s, saved);
+    V carry = Cell::kState == ElementState::kCell ? b : V(0);
+    Cell::backward(saved, state, a, carry, grad_gate);
+    grad_state = Cell::kState == ElementState::kNone ? V(0) : carry;
+  }
+};
+
+template <class Cell>
+void test_cell_by_differences() {
+  Random random(1);
+  for (int i = 0; i < 200; ++i) {
+    Element<Cell, double> e;
+    for (double& g : e.gate) g = 3 * random() + 1e-3;  // off relu's corner
+    e.state = random();
+    const double a = random(), b = random(), step = 1e-5;
+    double grad[kInputs<Cell>], grad_state;
+    e.gradients(a, b, grad, grad_state);
+    const auto difference = [&](double& x) {
+      const double at = x;
+      x = at + step;
+      const double above = e.loss(a, b);
+      x = at - step;
+      const double below = e.loss(a, b);
+      x = at;
+      return (above - below) / (2 * step);
+    };
+    for (int g = 0; g < kInputs<Cell>; ++g) CHECK_CLOSE(grad[g], difference(e.gate[g]), 1e-8);
+    if (Cell::kState != ElementState::kNone) CHECK_CLOSE(grad_state, difference(e.state), 1e-8);
+  }
+}
+
+template <class Cell, class T>
+void test_cell_as_vector() {
+  using V = Vec<T>;
+  constexpr int kLanes = V::size();
+  Random random(2);
+  const double tolerance = 16 * std::numeric_limits<T>::epsilon();
+  for (int i = 0; i < 50; ++i) {
+    T gate[kInputs<Cell>][kLanes], state[kLanes], a[kLanes], b[kLanes];
+    for (auto& lanes : gate) {
+      for (T& x : lanes) x = static_cast<T>(6 * random());
+    }
+    for (int l = 0; l < kLanes; ++l) state[l] = random(), a[l] = random(), b[l] = random();
+    Element<Cell, V> vector;
+    for (int g = 0; g < kInputs<Cell>; ++g) vector.gate[g] = V::loadu(gate[g]);
+    vector.state = V::loadu(state);
+    V grad[kInputs<Cell>], grad_state;
+    vector.gradients(V::loadu(a), V::loadu(b), grad, grad_state);
+    T loss[kLanes], out[kInputs<Cell>][kLanes], out_state[kLanes];
+    vector.loss(V::loadu(a), V::loadu(b)).store(loss);
+    for (int g = 0; g < kInputs<Cell>; ++g) grad[g].store(out[g]);
+    grad_state.store(out_state);
+    for (int l = 0; l < kLanes; ++l) {
+      Element<Cell, double> scalar;
+      for (int g = 0; g < kInputs<Cell>; ++g) scalar.gate[g] = gate[g][l];
+      scalar.state = state[l];
+      double expected[kInputs<Cell>], expected_state;
+      scalar.gradients(a[l], b[l], expected, expected_state);
+      CHECK_CLOSE(loss[l], scalar.loss(a[l], b[l]), tolerance);
+      for (int g = 0; g < kInputs<Cell>; ++g) CHECK_CLOSE(out[g][l], expected[g], 6 * tolerance);
+      CHECK_CLOSE(out_state[l], expected_state, tolerance);
+    }
+  }
+}
+
+template <class T>
+T first_lane(Vec<T> v) {
+  T lanes[Vec<T>::size()];
+  v.store(lanes);
+  return lanes[0];
+}
+
+template <class T>
+void test_activations() {
+  using V = Vec<T>;
+  const T infinity = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
+  const double epsilon = std::numeric_limits<T>::epsilon();
+  const auto sigmoid = [](T x) { return first_lane<T>(Math<V>::sigmoid(V(x))); };
+  const auto tanh = [](T x) { return first_lane<T>(Math<V>::tanh(V(x))); };
+  CHECK(std::isnan(sigmoid(nan)) && std::isnan(tanh(nan)));
+  CHECK(std::isnan(first_lane<T>(Math<V>::relu(V(nan)))));
+  CHECK(sigmoid(infinity) == 1 && tanh(infinity) == 1 && tanh(-infinity) == -1);
+  CHECK_CLOSE(sigmoid(-infinity), 0, 2e-38);
+  CHECK(tanh(0) == 0 && sigmoid(0) == T(0.5));
+  for (double x = -100; x <= 100; x += 0.0137) {
+    const T v = static_cast<T>(x);
+    const double s = 1 / (1 + std::exp(-static_cast<double>(v))), t = std::tanh(static_cast<double>(v));
+    CHECK_CLOSE(sigmoid(v), s, 4 * epsilon * s + 2e-38);
+    CHECK_CLOSE(tanh(v), t, 4 * epsilon * std::abs(t));
+  }
+  for (T x = T(1e-30); x < 1; x *= 3) CHECK_CLOSE(tanh(x), std::tanh(static_cast<double>(x)), 4 * epsilon * x);
+}
+
+// One layer, one direction, on random data.
+template <class Cell>
+struct Problem {
+  using T = double;
+  int64_t steps, batch, inputs, units, outputs;
+  bool reverse, projected;
+  std::vector<T> w_ih, w_hh, w_hr, bias, input, h0, c0, gates;
+  std::vector<int64_t> offset, active, order, length;
+  std::vector<char> reset;
+  Rows rows;
+
+  std::vector<T> output, h_n, c_n, cells, reserve;
+
+  static std::vector<T> random(Random& r, int64_t n, double scale) {
+    std::vector<T> v(n);
+    for (T& x : v) x = scale * r();
+    return v;
+  }
+
+  Problem(unsigned seed, int64_t t, int64_t n, int64_t h, bool back, bool with_projection, bool ragged)
+      : steps(t), batch(n), inputs(3), units(h), outputs(with_projection ? (h + 1) / 2 : h), reverse(back),
+        projected(with_projection) {
+    Random r(seed);
+    const int64_t gate_rows = Cell::kGates * units;
+    const double scale = 0.7 / std::sqrt(static_cast<double>(units));
+    w_ih = random(r, gate_rows * inputs, scale);
+    w_hh = random(r, gate_rows * outputs, scale);
+    w_hr = random(r, projected ? outputs * units : 0, scale);
+    bias = random(r, kInputs<Cell> * units, 0.3);
+    input = random(r, steps * batch * inputs, 1);
+    h0 = random(r, batch * outputs, 1);
+    c0 = random(r, batch * units, 1);
+    for (int64_t i = 0; i < batch; ++i) order.push_back(i), length.push_back(ragged ? r.below(steps + 1) : steps);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return length[a] > length[b]; });
+    for (int64_t s = 0; s < steps; ++s) {
+      offset.push_back(s * batch);
+      active.push_back(std::count_if(length.begin(), length.end(), [&](int64_t l) { return l > s; }));
+    }
+    for (int64_t i = 0; i < steps * batch; ++i) reset.push_back(ragged && r.below(4) == 0);
+    rows = {steps, batch, offset.data(), 1, active.data(), order.data(), length.data(),
+            reinterpret_cast<const bool*>(reset.data()), batch, 1};
+    project();
+  }
+
+  void project() {
+    gates.assign(steps * batch * Cell::kGates * units, 0);
+    for (int64_t row = 0; row < steps * batch; ++row) {
+      for (int64_t g = 0; g < Cell::kGates * units; ++g) {
+        for (int64_t k = 0; k < inputs; ++k) {
+          gates[row * Cell::kGates * units + g] += w_ih[g * inputs + k] * input[row * inputs + k];
+        }
+      }
+    }
+  }
+
+  int64_t columns() const { return (Cell::kSaved + (projected ? 1 : 0)) * units; }
+  Scan scan(const CpuPlan& plan) const { return {CellKind::kLstm, {inputs, units, outputs, projected}, rows, plan, 1}; }
+
+  void forward(const CpuPlan& plan) {
+    output.assign(steps * batch * outputs, 0);
+    cells.assign(steps * batch * units, 0);
+    h_n.assign(batch * outputs, 0);
+    c_n.assign(batch * units, 0);
+    reserve.assign(steps * batch * columns(), 0);
+    for (int64_t row = 0; row < steps * batch; ++row) {
+      std::copy_n(&gates[row * Cell::kGates * units], Cell::kGates * units, &reserve[row * columns()]);
+    }
+    ForwardParams<T> p;
+    p.reverse = reverse;
+    p.w_hh = w_hh.data(), p.w_hr = w_hr.data(), p.bias = bias.data();
+    p.w_ih = w_ih.data(), p.input = input.data();
+    p.h0 = h0.data(), p.c0 = c0.data();
+    p.gates = reserve.data(), p.gates_stride = columns(), p.save = true;
+    p.output = output.data(), p.output_stride = outputs;
+    if (Cell::kState == ElementState::kCell) p.cells = cells.data(), p.cells_stride = units;
+    p.h_n = h_n.data(), p.c_n = c_n.data();
+    const Scan s = scan(plan);
+    std::vector<char> scratch(ForwardScan<Cell, T>::scratch_bytes(s) + 64);
+    ForwardScan<Cell, T>::run(s, &p, aligned(scratch));
+  }
+
+  static void* aligned(std::vector<char>& memory) {
+    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+  }
+
+  // The plain loop, row by row and element by element.
+  void check_against_loop() const {
+    for (int64_t n = 0; n < batch; ++n) {
+      std::vector<T> h(h0.begin() + n * outputs, h0.begin() + (n + 1) * outputs), c(c0.begin() + n * units,
+                                                                                   c0.begin() + (n + 1) * units);
+      for (int64_t s = 0; s < length[n]; ++s) {
+        const int64_t t = reverse ? length[n] - 1 - s : s, row = t * batch + n;
+        const bool cut = reverse ? t + 1 < length[n] && reset[row + batch] : reset[row] != 0;
+        if (cut) std::fill(h.begin(), h.end(), 0), std::fill(c.begin(), c.end(), 0);
+        std::vector<T> activation(units), next(outputs, 0);
+        for (int64_t j = 0; j < units; ++j) {
+          T gate[kInputs<Cell>], saved[Cell::kSaved];
+          for (int g = 0; g < Cell::kGates; ++g) {
+            T x = gates[row * Cell::kGates * units + g * units + j] + bias[g * units + j], recurrent = 0;
+            for (int64_t k = 0; k < outputs; ++k) recurrent += w_hh[(g * units + j) * outputs + k] * h[k];
+            if (g < Cell::kGates - Cell::kSeparate) {
+              gate[g] = x + recurrent;
+            } else {
+              gate[g] = x;
+              gate[g + Cell::kSeparate] = recurrent + bias[(g + Cell::kSeparate) * units + j];
+            }
+          }
+          T state = Cell::kState == ElementState::kCell ? c[j] : Cell::kState == ElementState::kHidden ? h[j] : 0;
+          activation[j] = Cell::forward(gate, state, saved);
+          if (Cell::kState == ElementState::kCell) c[j] = state;
+        }
+        for (int64_t i = 0; i < outputs; ++i) {
+          next[i] = projected ? 0 : activation[i];
+          for (int64_t j = 0; projected && j < units; ++j) next[i] += w_hr[i * units + j] * activation[j];
+        }
+        h = next;
+        for (int64_t i = 0; i < outputs; ++i) CHECK_CLOSE(output[row * outputs + i], h[i], 1e-12);
+        for (int64_t j = 0; Cell::kState == ElementState::kCell && j < units; ++j) {
+          CHECK_CLOSE(cells[row * units + j], c[j], 1e-12);
+        }
+      }
+      for (int64_t i = 0; i < outputs; ++i) CHECK_CLOSE(h_n[n * outputs + i], h[i], 1e-12);
+      for (int64_t j = 0; Cell::kState == ElementState::kCell && j < units; ++j) {
+        CHECK_CLOSE(c_n[n * units + j], c[j], 1e-12);
+      }
+    }
+  }
+
+  T loss(const std::vector<T>& a, const std::vector<T>& b) const {
+    T sum = 0;
+    for (size_t i = 0; i < output.size(); ++i) sum += a[i] * output[i];
+    for (size_t i = 0; i < h_n.size(); ++i) sum += b[i] * h_n[i];
+    return sum;
+  }
+
+  // Gradients of the gate pre-activations, and through them of everything, by the backward scan.
+  void check_backward(const CpuPlan& plan) {
+    Random r(7);
+    const CpuPlan packed;
+    forward(packed);
+    const std::vector<T> a = random(r, output.size(), 1), b = random(r, h_n.size(), 1);
+    std::vector<T> previous(steps * batch * outputs, 0);
+    for (int64_t t = 0; t < steps; ++t) {
+      for (int64_t n = 0; n < batch; ++n) {
+        const int64_t row = t * batch + n;
+        if (t >= length[n]) continue;
+        const T* from = rows.flows(t, n, reverse)    ? &output[(reverse ? row + batch : row - batch) * outputs]
+                        : rows.enters(t, n, reverse) ? &h0[n * outputs]
+                                                     : nullptr;
+        if (from != nullptr) std::copy_n(from, outputs, &previous[row * outputs]);
+      }
+    }
+    std::vector<T> grad_gates(steps * batch * kInputs<Cell> * units, 0), grad_projected(steps * batch * outputs, 0);
+    std::vector<T> carry(batch * units, 0), grad_first(batch * Cell::kGates * units, 0);
+    const std::vector<T> saved = reserve;
+    BackwardParams<T> p;
+    p.reverse = reverse;
+    p.w_hh = w_hh.data(), p.w_hr = w_hr.data();
+    p.reserve = saved.data(), p.reserve_stride = columns();
+    p.previous_h = previous.data(), p.c0 = c0.data();
+    p.grad_output = a.data(), p.grad_output_stride = outputs;
+    p.grad_h_n = b.data();
+    p.grad_gates = grad_gates.data(), p.grad_projected = grad_projected.data();
+    p.carry = carry.data(), p.grad_first = grad_first.data();
+    const Scan s = scan(plan);
+    std::vector<char> scratch(BackwardScan<Cell, T>::scratch_bytes(s) + 64);
+    BackwardScan<Cell, T>::run(s, &p, aligned(scratch));
+
+    const double step = 1e-5;
+    const auto difference = [&](T& x) {
+      const T at = x;
+      x = at + step;
+      forward(packed);
+      const T above = loss(a, b);
+      x = at - step;
+      forward(packed);
+      const T below = loss(a, b);
+      x = at;
+      return (above - below) / (2 * step);
+    };
+    for (int i = 0; i < 40; ++i) {
+      const int64_t row = r.below(steps * batch), g = r.below(Cell::kGates * units);
+      const double expected = difference(gates[row * Cell::kGates * units + g]);
+      CHECK_CLOSE(grad_gates[row * kInputs<Cell> * units + g], expected, 1e-7);
+    }
+    for (int64_t n = 0; n < batch; ++n) {
+      if (Cell::kState == ElementState::kCell) {
+        const int64_t j = r.below(units);
+        CHECK_CLOSE(carry[n * units + j], difference(c0[n * units + j]), 1e-7);
+      }
+      const int64_t k = r.below(outputs);
+      T grad = Cell::kState == ElementState::kHidden ? carry[n * units + k] : length[n] == 0 ? b[n * outputs + k] : 0;
+      if (Cell::kState == ElementState::kHidden && length[n] == 0) grad = b[n * outputs + k];
+      for (int64_t g = 0; g < Cell::kGates * units; ++g) {
+        grad += grad_first[n * Cell::kGates * units + g] * w_hh[g * outputs + k];
+      }
+      CHECK_CLOSE(grad, difference(h0[n * outputs + k]), 1e-7);
+    }
+  }
+};
+
+template <class Cell>
+void test_scan(bool projected) {
+  const CpuPlan one{Recurrent::kPacked, false, 1, false}, fused{Recurrent::kPacked, true, 1, false};
+  const CpuPlan units{Recurrent::kPacked, false, 2, true}, rows{Recurrent::kPacked, true, 2, false};
+  const CpuPlan natural{Recurrent::kNatural, false, 1, false};
+  for (const bool reverse : {false, true}) {
+    for (const bool ragged : {false, true}) {
+      unsigned seed = 10;
+      for (const int64_t h : {1, 3, 17, 129}) {
+        for (const int64_t n : {1, 3, 17}) {
+          Problem<Cell> problem(++seed, 5, n, h, reverse, projected, ragged);
+          for (const CpuPlan& plan : {one, fused, units, rows}) {
+            problem.forward(plan);
+            problem.check_against_loop();
+          }
+          Problem<Cell> single(++seed, 1, n, h, reverse, projected, ragged);
+          single.forward(natural);
+          single.check_against_loop();
+        }
+      }
+      Problem<Cell> small(++seed, 4, 3, 5, reverse, projected, ragged);
+      for (const CpuPlan& plan : {one, units, rows}) small.check_backward(plan);
+      Problem<Cell> wide(++seed, 3, 9, 67, reverse, projected, ragged);
+      for (const CpuPlan& plan : {one, units, rows}) wide.check_backward(plan);
+    }
+  }
+}
+
+template <class... Cells>
+void test_cells() {
+  (test_cell_by_differences<Cells>(), ...);
+  (test_cell_as_vector<Cells, float>(), ...);
+  (test_cell_as_vector<Cells, double>(), ...);
+}
+
+}  // namespace CPU_CAPABILITY
+
+// FASTRNN_TEST: test_kernels_avx512, test_kernels_avx2 or test_kernels_default.
+void FASTRNN_TEST() {
+  test_activations<float>();
+  test_activations<double>();
+  test_cells<RnnCell<Tanh>, RnnCell<Relu>, LstmCell<>, GruCell<>, LstmCell<Linear, Linear>, GruCell<Linear, Linear>>();
+  test_scan<RnnCell<Linear>>(false);
+  test_scan<LstmCell<Linear, Linear>>(false);
+  test_scan<LstmCell<Linear, Linear>>(true);
+  test_scan<GruCell<Linear, Linear>>(false);
+}
+
+}  // namespace fastrnn::test

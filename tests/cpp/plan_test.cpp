@@ -1,0 +1,43 @@
+// The plan over some thousand shapes: what it promises must hold for each.
+#include "check.h"
+#include "core/plan.h"
+
+namespace fastrnn::test {
+
+void test_plan() {
+  for (const int64_t steps : {1, 2, 100}) {
+    for (const int64_t batch : {0, 1, 3, 4, 5, 17, 129, 1024}) {
+      for (const int64_t units : {1, 3, 17, 32, 64, 129, 512, 2048}) {
+        for (const int threads : {1, 2, 3, 8, 61}) {
+          for (const int directions : {1, 2}) {
+            for (const bool projected : {false, true}) {
+              for (const bool backward : {false, true}) {
+                for (const bool ragged : {false, true}) {
+                  const int64_t outputs = projected ? (units + 1) / 2 : units;
+                  const CpuProblem problem{4,          steps, batch,  {17, units, outputs, projected},
+                                           directions, 4,     ragged, backward};
+                  const CpuPlan plan = plan_cpu(problem, {threads, 1 << 20});
+                  CHECK(plan.threads >= 1 && plan.threads <= threads);
+                  CHECK(!plan.shard_units || plan.threads / directions <= units);
+                  // as they lie, weights are read once a row: only for one step of a few rows
+                  CHECK(plan.recurrent != Recurrent::kNatural || (steps == 1 && batch <= 4 && !backward));
+                  CHECK(plan.recurrent != Recurrent::kProduct || (steps == 1 && !projected && !backward));
+                  CHECK(!plan.fused_input || plan.recurrent == Recurrent::kPacked);
+                  CHECK(!(ragged && directions == 1 && plan.threads > 1) || plan.shard_units);
+                }
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+  // work enough for two cores is shared between them, and a little is not
+  const CpuProblem large{4, 64, 64, {1024, 1024, 1024, false}, 1, 4, false, false};
+  CHECK(plan_cpu(large, {2, 1 << 21}).threads == 2);
+  CHECK(plan_cpu(large, {2, 1 << 21}).fused_input);
+  const CpuProblem tiny{1, 2, 1, {4, 4, 4, false}, 1, 4, false, false};
+  CHECK(plan_cpu(tiny, {2, 1 << 21}).threads == 1);
+}
+
+}  // namespace fastrnn::test
