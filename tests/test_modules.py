@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from cases import Case, data, module, outputs_and_gradients, parametrize, small, table
+from cases import Case, data, module, outputs_and_gradients, parametrize, small, table, threads
 from tolerance import check
 
 import fastrnn
 
 
-def compare(case):
-    ours = outputs_and_gradients(module(case), *data(case))
+def compare(case, backend):
+    with threads(2 if backend == "native" else 1):
+        ours = outputs_and_gradients(module(case), *data(case))
     own = torch.float32 if case.dtype == torch.float64 else case.dtype
     theirs = outputs_and_gradients(module(case, torch.nn, own), *data(case, own))
     oracle = outputs_and_gradients(module(case, torch.nn, torch.float64), *data(case, torch.float64))
@@ -20,22 +21,22 @@ def compare(case):
 
 @parametrize(table())
 def test_against_torch(case, backend):
-    compare(case)
+    compare(case, backend)
 
 
 @parametrize(table(dtypes=(torch.bfloat16, torch.float16), layouts=("time_major", "unsorted")))
 def test_against_torch_16_bit(case, backend):
-    compare(case)
+    compare(case, backend)
 
 
 @parametrize(small(steps=1000, batch=1, hidden=17) + small(steps=1000, batch=1, hidden=17, dtype=torch.float64))
 def test_long_sequence(case, backend):
-    compare(case)
+    compare(case, backend)
 
 
 @parametrize([Case("lstm", steps=5, batch=129, inputs=17, hidden=33), Case("gru", steps=2, batch=33, hidden=257)])
 def test_large(case, backend):
-    compare(case)
+    compare(case, backend)
 
 
 @parametrize(small(num_layers=2, bidirectional=True, steps=7, hidden=17))
