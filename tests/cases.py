@@ -175,6 +175,6 @@ def outputs_and_gradients(module, input, hx, **options):
     sources |= dict(module.named_parameters())
     generator = torch.Generator().manual_seed(11)
     cotangents = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.dtype) for r in results]
-    gradients = torch.autograd.grad(results, list(sources.values()), cotangents)
+    gradients = torch.autograd.grad(results, list(sources.values()), cotangents, materialize_grads=True)
     named = {f"output[{index}]": result for index, result in enumerate(results)}
     return named | {f"grad of {name}": grad for name, grad in zip(sources, gradients, strict=True)}
