@@ -1,6 +1,7 @@
 """The stack of layers: arguments checked once, a backend chosen once, layer by layer with dropout between."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,29 +63,17 @@ def stack(
         return output, final, []
 
     count = 2 if cell == "lstm" else 1
+    rest = (lengths, reset, batch_sizes, bidirectional, batch_first, need_steps)
     if num_layers == 1:
-        result = run_layer(
-            route, cell, input, states, weights, lengths, reset, batch_sizes, bidirectional, batch_first, need_steps
-        )
+        result = run_layer(route, cell, input, states, weights, *rest)
         steps = [[result[0], *result[1 + count : 2 * count]]] if need_steps else []
         return result[0], result[1 : 1 + count], steps
 
     by_layer = _split_states(states, num_layers, directions) if states else [[]] * num_layers
     finals, steps = [], []
     for index in range(num_layers):
-        result = run_layer(
-            route,
-            cell,
-            input,
-            by_layer[index],
-            weights[index * per_layer : (index + 1) * per_layer],
-            lengths,
-            reset,
-            batch_sizes,
-            bidirectional,
-            batch_first,
-            need_steps,
-        )
+        here = weights[index * per_layer : (index + 1) * per_layer]
+        result = run_layer(route, cell, input, by_layer[index], here, *rest)
         input = result[0]
         finals.append(result[1 : 1 + count])
         if need_steps:
@@ -94,28 +83,12 @@ def stack(
     return input, [torch.cat(parts) for parts in zip(*finals, strict=True)], steps
 
 
-def run_layer(
-    route: str,
-    cell: str,
-    input: Tensor,
-    hx: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    batch_sizes: Tensor | None,
-    bidirectional: bool,
-    batch_first: bool,
-    need_steps: bool,
-) -> list[Tensor]:
-    """One layer on the chosen backend; the native one returns a reserve behind the rest."""
+def run_layer(route: str, cell: str, *arguments: Any) -> list[Tensor]:
+    """One layer on the chosen backend; the native one returns a reserve behind the rest, for which we do not ask."""
     if route == "native":
         assert _backend.layer_ops is not None
-        return _backend.layer_ops[cell](
-            input, hx, weights, lengths, reset, batch_sizes, bidirectional, batch_first, need_steps, False
-        )
-    return _backend.python_layer(
-        cell, input, hx, weights, lengths, reset, batch_sizes, bidirectional, batch_first, need_steps
-    )
+        return _backend.layer_ops[cell](*arguments, False)
+    return _backend.python_layer(cell, *arguments)
 
 
 def _split_states(states: Sequence[Tensor], num_layers: int, directions: int) -> list[list[Tensor]]:

@@ -69,7 +69,8 @@ def lstm(
 
     References
     ----------
-    Hochreiter and Schmidhuber (1997); Gers, Schmidhuber and Cummins (2000); projection: Sak, Senior and Beaufays (2014).
+    Hochreiter and Schmidhuber (1997); forget gate: Gers, Schmidhuber and Cummins (2000); projection: Sak, Senior and
+    Beaufays (2014).
     """
     output, (h_n, c_n), _ = stack(
         "lstm",

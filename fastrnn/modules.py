@@ -31,7 +31,7 @@ class States(NamedTuple):
 
 
 class LSTMStates(NamedTuple):
-    """What ``forward_states`` of LSTM returns: as :class:`States`, with the cell states ``c`` (H wide, h may have P)."""
+    """What ``forward_states`` of LSTM returns: as :class:`States`, and the cell states ``c``, always H wide."""
 
     output: Tensor | PackedSequence
     state: tuple[Tensor, Tensor]

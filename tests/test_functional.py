@@ -1,0 +1,146 @@
+"""The functions by themselves: dropout's mask, the cells, and arguments that contradict each other."""
+
+import pytest
+import torch
+from cases import data, module, parametrize, small
+from torch.nn.utils.rnn import pack_sequence
+
+import fastrnn
+from fastrnn import _backend, functional
+
+
+@pytest.mark.parametrize("p", [0.3, 1.0])
+@pytest.mark.parametrize("layout", ["time_major", "batch_first", "packed", "unbatched"])
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_dropout_draws_the_mask_of_torch(name, layout, p, backend):
+    """With the identity-like second layer any other mask shows; p = 1 leaves the bias alone."""
+    shared = {"num_layers": 3, "dropout": p, "batch_first": layout == "batch_first", "bidirectional": True}
+    torch.manual_seed(1)
+    theirs = getattr(torch.nn, name)(3, 5, **shared)
+    ours = getattr(fastrnn, name)(3, 5, **shared)
+    ours.load_state_dict(theirs.state_dict())
+    input = torch.randn(17, 3) if layout == "unbatched" else torch.randn(17, 7, 3)
+    if layout == "packed":
+        input = pack_sequence([torch.randn(n, 3) for n in (17, 9, 9, 1)])
+    results = []
+    for net in (ours, theirs):
+        torch.manual_seed(3)
+        output, hidden = net(input)
+        results.append((output.data, hidden, torch.rand(2)))  # the generator is left where torch leaves it
+    torch.testing.assert_close(*results)
+    ours.eval()
+    assert not torch.allclose(ours(input)[0].data, results[0][0])
+
+
+def test_dropout_multiplies_by_the_mask_itself(backend):
+    """Element by element: relu of an identity shows the mask and nothing else."""
+    net = fastrnn.RNN(9, 9, 2, "relu", bias=False, batch_first=True, dropout=0.5)
+    with torch.no_grad():
+        for name, weight in net.named_parameters():
+            weight.copy_(torch.eye(9) if "ih" in name else torch.zeros(9, 9))
+    torch.manual_seed(5)
+    found = net(torch.ones(4, 6, 9))[0]
+    torch.manual_seed(5)
+    mask = torch.empty(6, 4, 9).bernoulli_(0.5).div_(0.5)
+    assert torch.equal(found, mask.transpose(0, 1))
+
+
+@parametrize(small(num_layers=2, bidirectional=True))
+def test_functions_are_what_the_modules_run(case, backend):
+    net = module(case)
+    input, hx = data(case)
+    function = {"rnn": functional.rnn, "lstm": functional.lstm, "gru": functional.gru}[case.kind.split("_")[0]]
+    extra = {"nonlinearity": "relu"} if case.kind == "rnn_relu" else {}
+    weights = [weight for layer in net.all_weights for weight in layer]
+    found = function(input, hx, weights, True, 2, 0.0, True, True, False, lengths=torch.tensor([3, 1, 2]), **extra)
+    torch.testing.assert_close(found, net(input, hx, torch.tensor([3, 1, 2])), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch, size", [(1, 1), (3, 17), (17, 129)])
+@pytest.mark.parametrize("cell", ["lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"])
+def test_cells_against_torch(cell, batch, size, bias, backend):
+    states, gates = (2, 4) if cell == "lstm_cell" else (1, 3 if cell == "gru_cell" else 1)
+    input = torch.randn(batch, 3, dtype=torch.float64, requires_grad=True)
+    hx = [torch.randn(batch, size, dtype=torch.float64, requires_grad=True) for _ in range(states)]
+    shapes = [(gates * size, 3), (gates * size, size)] + [(gates * size,)] * 2 * bias
+    weights = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    hidden = tuple(hx) if states == 2 else hx[0]
+    extra = {"nonlinearity": cell.split("_")[1]} if "rnn" in cell else {}
+    name = "rnn_cell" if "rnn" in cell else cell
+    found = getattr(functional, name)(input, hidden, *weights, **extra)
+    expected = getattr(torch._VF, cell)(input, hidden, *weights)
+    torch.testing.assert_close(found, expected)
+    grads = [
+        torch.autograd.grad(sum(t.square().sum() for t in (r if states == 2 else (r,))), [input, *hx, *weights])
+        for r in (found, expected)
+    ]
+    torch.testing.assert_close(*grads)
+    none = getattr(functional, name)(input, None, *weights, **extra)
+    zeros = [torch.zeros_like(state) for state in hx]
+    torch.testing.assert_close(none, getattr(torch._VF, cell)(input, zeros if states == 2 else zeros[0], *weights))
+
+
+def test_contradictions(backend):
+    weights = [torch.randn(9, 3), torch.randn(9, 3), torch.randn(9), torch.randn(9)]
+    input = torch.randn(4, 2, 3)
+    for wrong in (
+        {"has_biases": False},
+        {"num_layers": 3},
+        {"bidirectional": True, "has_biases": True},
+    ):
+        with pytest.raises(ValueError, match="weights should hold"):
+            functional.gru(input, None, weights, **wrong)
+    with pytest.raises(ValueError, match="both or neither"):
+        functional.gru_cell(input[0], None, weights[0], weights[1], weights[2])
+    with pytest.raises(ValueError, match="Unknown nonlinearity 'silu'"):
+        functional.rnn(input, None, weights, nonlinearity="silu")
+
+
+@pytest.mark.parametrize(
+    "input, hx",
+    [
+        (torch.randn(4, 2, 5), None),
+        (torch.randn(4, 2, 3), torch.randn(1, 1, 3)),
+        (torch.randn(4, 2, 3), torch.randn(2, 2, 3)),
+        (torch.randn(4, 2, 3), torch.randn(1, 2, 4)),
+        (torch.randn(4, 2, 3).double(), None),
+        (torch.randn(4, 2, 3), torch.randn(1, 2, 3).double()),
+    ],
+    ids=["features", "broadcast batch", "layers", "hidden", "dtype", "hidden dtype"],
+)
+def test_wrong_tensors_do_not_broadcast_or_promote(input, hx, backend):
+    weights = [torch.randn(9, 3), torch.randn(9, 3), torch.randn(9), torch.randn(9)]
+    with pytest.raises(RuntimeError):
+        functional.gru(input, hx, weights)
+
+
+@parametrize(small(num_layers=2, bidirectional=True) + small(layout="sorted") + small(layout="batch_first", hx=False))
+def test_device_without_native_kernels_runs_the_op_of_torch(case, monkeypatch):
+    """No such device is at hand, so the choice is what is replaced."""
+    monkeypatch.setattr(_backend, "choose", lambda tensor, features: "python" if features else "torch")
+    input, hx = data(case)
+    found, expected = module(case)(input, hx), module(case, torch.nn)(input, hx)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    if case.layout == "time_major":
+        lengths = torch.tensor([3, 1, 2])
+        with fastrnn.backend("python"):
+            torch.testing.assert_close(module(case)(input, hx, lengths), module(case)(input, hx, lengths))
+
+
+def test_device_of_a_tensor_decides(monkeypatch):
+    class Elsewhere:
+        is_cpu = is_meta = is_cuda = False
+
+    assert _backend.choose(Elsewhere(), features=False) == "torch"
+    assert _backend.choose(Elsewhere(), features=True) == "python"
+    on_cuda = Elsewhere()
+    on_cuda.is_cuda = True
+    monkeypatch.setattr(_backend, "native_cuda", False)
+    assert _backend.choose(on_cuda, features=False) == "torch"
+    monkeypatch.setattr(_backend, "native_cuda", True)
+    monkeypatch.setattr(_backend, "layer_ops", {})
+    assert _backend.choose(on_cuda, features=True) == "native"
+    assert _backend.choose(torch.ones(1), features=True) == "native"
+    monkeypatch.setattr(_backend, "layer_ops", None)
+    assert _backend.choose(torch.ones(1), features=False) == "python"

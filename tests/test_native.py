@@ -1,0 +1,172 @@
+"""What only the native backend promises: threads, compile, export, and ops that torch's own checks accept."""
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from cases import Case, data, module, outputs_and_gradients, parametrize, row_lengths, small, tensors, threads
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fastrnn
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@parametrize(small(num_layers=2, bidirectional=True, steps=7, batch=17, hidden=129) + small(steps=7, hidden=129))
+def test_number_of_threads(case, count, native):
+    """More threads than cores too; repeatable at each number, and the same to rounding at all."""
+    with threads(1):
+        expected = outputs_and_gradients(module(case), *data(case))
+    with threads(count):
+        found, again = (outputs_and_gradients(module(case), *data(case)) for _ in range(2))
+    for name, value in found.items():
+        assert torch.equal(value, again[name]), name
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4)
+
+
+@parametrize(small(num_layers=2, bidirectional=True, steps=7, batch=17, hidden=33))
+def test_several_python_threads(case, native):
+    net, arguments = module(case), data(case)  # made here: the seed is global
+    expected = outputs_and_gradients(net, *arguments)
+    start = threading.Barrier(4)
+
+    def work(_):
+        start.wait()
+        return [outputs_and_gradients(net, *arguments) for _ in range(3)]
+
+    with threads(2), ThreadPoolExecutor(4) as pool:
+        runs = [run for result in pool.map(work, range(4)) for run in result]
+    for run in runs:
+        for name, value in run.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_after_fork(native):
+    """As in a DataLoader's worker: the parent's threads are not there."""
+    net = fastrnn.LSTM(3, 129, 2, bidirectional=True)
+    input = torch.randn(7, 17, 3)
+    with threads(2):
+        expected = net(input)[0]
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(2)
+        os._exit(0 if torch.allclose(net(input)[0], expected, atol=1e-5) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def layer_arguments(case, lengths, reset, grad):
+    net = module(case)
+    input, hx = data(case)
+    weights = [weight.detach().requires_grad_(grad) for layer in net.all_weights for weight in layer]
+    states = [state.detach().requires_grad_(grad) for state in tensors(hx)]
+    rest = (lengths, reset, None, case.bidirectional, case.batch_first, False, False)
+    return input.detach().requires_grad_(grad), states, weights, *rest
+
+
+@pytest.mark.parametrize("features", [False, True], ids=["plain", "lengths and reset"])
+@parametrize(small(bidirectional=True) + small(layout="batch_first", hx=False))
+def test_opcheck(case, features, native):
+    """torch's checks of schema, autograd registration, fake tensors and AOT dispatch."""
+    op = getattr(torch.ops.fastrnn, f"{case.kind.removesuffix('_proj')}_layer").default
+    shape = (case.batch, case.steps) if case.batch_first else (case.steps, case.batch)
+    lengths = torch.tensor([3, 0, 2]) if features else None
+    reset = torch.eye(3, dtype=torch.bool).expand(*shape) if features else None
+    torch.library.opcheck(op, layer_arguments(case, lengths, reset, grad=True))
+
+
+def train(function, net, *arguments):
+    results = tensors(function(*arguments))
+    loss = sum(result.square().sum() for result in results)
+    return [*results, *torch.autograd.grad(loss, list(net.parameters()))]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@parametrize(small(num_layers=2, bidirectional=True) + small(layout="batch_first", hx=False))
+def test_compile_in_one_graph(case, dynamic, native):
+    torch._dynamo.reset()
+    net = module(case)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(net, fullgraph=True, dynamic=dynamic, backend=counter)
+    # no two sizes alike at first: dynamo would take them for one
+    sizes = [(7, 5), (9, 4), (2, 11)] if dynamic else [(3, 3)]
+    graphs = set()
+    for steps, batch in sizes:
+        input, hx = data(Case(**{**vars(case), "steps": steps, "batch": batch}))
+        arguments = (input, hx) if case.hx else (input,)
+        torch.testing.assert_close(train(compiled, net, *arguments), train(net, net, *arguments), rtol=0, atol=0)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*arguments), net(*arguments), rtol=0, atol=0)
+        graphs.add(counter.frame_count)
+    assert len(graphs) == 1  # what serves the first size serves all
+
+
+@parametrize(small(num_layers=2))
+def test_compile_with_lengths_and_reset(case, native):
+    torch._dynamo.reset()
+    net = module(case)
+    compiled = torch.compile(net, fullgraph=True, dynamic=True, backend="aot_eager")
+    input, hx = data(case)
+    reset = torch.eye(3, dtype=torch.bool)
+    arguments = (input, hx, row_lengths(case), reset)
+    torch.testing.assert_close(train(compiled, net, *arguments), train(net, net, *arguments), rtol=0, atol=0)
+    states = torch.compile(net.forward_states, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(tensors(states(*arguments)), tensors(net.forward_states(*arguments)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_compile_cells(name, native):
+    torch._dynamo.reset()
+    net = getattr(fastrnn, name)(3, 5)
+    compiled = torch.compile(net, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (2, 3):
+        input = torch.randn(batch, 3)
+        torch.testing.assert_close(train(compiled, net, input), train(net, net, input), rtol=0, atol=0)
+
+
+def test_compile_dropout(native):
+    torch._dynamo.reset()
+    net = fastrnn.LSTM(3, 5, 2, dropout=0.5, batch_first=True)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    input = torch.randn(4, 6, 3)
+    results = []
+    for function in (compiled, net):
+        torch.manual_seed(9)
+        results.append(function(input)[0])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_compile_with_inductor(native):
+    torch._dynamo.reset()
+    net = torch.nn.Sequential(fastrnn.GRU(3, 5))
+    compiled = torch.compile(net, fullgraph=True)
+    input = torch.randn(4, 2, 3)
+    torch.testing.assert_close(train(compiled, net, input), train(net, net, input))
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
+@parametrize(small(num_layers=2, bidirectional=True, hx=False))
+def test_export_with_dynamic_steps_and_batch(case, strict, native):
+    net = module(case).eval()
+    steps, batch = torch.export.Dim("steps", max=4096), torch.export.Dim("batch", max=4096)
+    example = (torch.randn(4, 3, case.inputs),)
+    program = torch.export.export(net, example, dynamic_shapes={"input": {0: steps, 1: batch}}, strict=strict)
+    ops = [str(node.target) for node in program.graph.nodes if "fastrnn" in str(node.target)]
+    assert len(ops) == 2  # a layer stays one node
+    for sizes in ((4, 3), (9, 5)):
+        input = torch.randn(*sizes, case.inputs)
+        torch.testing.assert_close(program.module()(input), net(input), rtol=0, atol=0)
+
+
+@parametrize([case for case in small(dtype=torch.float64, bidirectional=True) if case.kind != "rnn_relu"])
+def test_forward_mode(case, native):
+    """The tangent against the gradient: jvp . v = vjp of the sum."""
+    net = module(case)
+    input, hx = data(case)
+    input, hx = input.detach(), torch.utils._pytree.tree_map(torch.Tensor.detach, hx)
+    tangent = torch.randn_like(input)
+    _, along = torch.func.jvp(lambda x: net(x, hx)[0].square().sum(), (input,), (tangent,))
+    gradient = torch.func.grad(lambda x: net(x, hx)[0].square().sum())(input)
+    torch.testing.assert_close(along, (gradient * tangent).sum())
