@@ -67,7 +67,7 @@ def _panel(axes: Axes, cell: str, group: Sequence[Row], cases: Sequence[str]) ->
     """One cell: two bars a case, starting from the line at 1."""
     for row in group:
         place = cases.index(row.case) + BAR * (MODES.index(row.mode) - 0.5)
-        style = {"edgecolor": SLOWER, "hatch": "////", "linewidth": 0.8} if row.regression else {}
+        style: dict[str, Any] = {"edgecolor": SLOWER, "hatch": "////", "linewidth": 0.8} if row.regression else {}
         axes.barh(place, row.ratio - 1, left=1, height=BAR, color=COLOURS[row.mode], **style)
         axes.annotate(
             f"{row.ratio:.2f}" if row.ratio < 10 else f"{row.ratio:.1f}",

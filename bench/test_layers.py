@@ -18,7 +18,7 @@ pytest.importorskip("pytest_benchmark")
 
 
 @lru_cache(maxsize=1)  # both implementations of a group follow each other
-def prepared(case: Case, cell: str, mode: str) -> dict[str, layers.Variant]:
+def prepared(case: Case, cell: str, mode: str) -> dict[str, layers.TrainableVariant]:
     """The variants of one row, found to agree."""
     problem = layers.make_problem(case, cell)
     runs = layers.variants(problem)
