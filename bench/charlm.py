@@ -180,7 +180,7 @@ def sample(model: CharModel, alphabet: str, settings: Settings, prompt: str = "T
         logits, state = model(characters, state)
         probabilities = (logits[-1] / settings.temperature).softmax(-1)
         characters = torch.multinomial(probabilities, 1, generator=generator)
-        text += alphabet[characters.item()]
+        text += alphabet[int(characters)]
     return text
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,7 @@ def make_problem(
 
 @dataclass
 class Variant:
-    """One implementation of a problem's work.
+    """One implementation of a problem's work, in inference.
 
     Parameters
     ----------
@@ -99,20 +100,24 @@ class Variant:
     forward : callable
         Runs the layer on data bound beforehand and returns its output in the implementation's own layout.
     rows : callable
-        Brings that layout, or that of the input's gradient, to the one in which results are compared.
+        Brings that layout, which is also that of the input's gradient, to the one in which results are compared.
     expected : str
         The variant whose results this one must reproduce.
-    module, leaf, grad_output : optional
-        What training needs besides; without a module the variant is for inference only.
     """
 
     name: str
-    forward: Callable[[], object]
-    rows: Callable[[object], Tensor]
+    forward: Callable[[], Any]
+    rows: Callable[[Any], Tensor]
     expected: str = "torch"
-    module: nn.Module | None = None
-    leaf: Tensor | None = None
-    grad_output: Tensor | None = None
+
+
+@dataclass(kw_only=True)
+class TrainableVariant(Variant):
+    """A variant that can be trained: ``leaf`` is the input, ``grad_output`` what backward starts from."""
+
+    module: nn.Module
+    leaf: Tensor
+    grad_output: Tensor
 
     def train(self) -> None:
         """Forward and backward; the gradients are made anew, as an optimizer's ``zero_grad`` leaves them."""
@@ -123,27 +128,28 @@ class Variant:
     def gradients(self) -> dict[str, Tensor]:
         """Gradients of the input and of the weights after one training call."""
         self.train()
-        weights = {name: parameter.grad for name, parameter in self.module.named_parameters()}
-        return {"input": self.rows(self.leaf.grad), **weights}
+        named = {"input": self.leaf, **dict(self.module.named_parameters())}
+        gradients = {name: tensor.grad for name, tensor in named.items() if tensor.grad is not None}
+        return gradients | {"input": self.rows(gradients["input"])}
 
 
-def _plain(name: str, module: nn.RNNBase, problem: Problem, **kwargs: Tensor) -> Variant:
+def _plain(name: str, module: nn.RNNBase, problem: Problem, **kwargs: Tensor) -> TrainableVariant:
     """A padded batch ``[T, N, I]``; ``kwargs`` are fastrnn's own (lengths, reset)."""
     leaf, hx = problem.input.clone().requires_grad_(), problem.hx
     grad_output = problem.grad_output
     if problem.case.ragged:  # nothing beyond a row's length has a gradient
         packed = pack_padded_sequence(grad_output, problem.case.lengths())
         grad_output = pad_packed_sequence(packed)[0]
-    return Variant(
+    return TrainableVariant(
         name, lambda: module(leaf, hx, **kwargs)[0], problem.pack, module=module, leaf=leaf, grad_output=grad_output
     )
 
 
-def _packed(name: str, module: nn.RNNBase, problem: Problem) -> Variant:
+def _packed(name: str, module: nn.RNNBase, problem: Problem) -> TrainableVariant:
     """A PackedSequence, packed beforehand: packing is the data loader's work."""
     packed = pack_padded_sequence(problem.input, problem.case.lengths())
     leaf, hx = packed.data.clone().requires_grad_(), problem.hx
-    return Variant(
+    return TrainableVariant(
         name,
         lambda: module(PackedSequence(leaf, packed.batch_sizes), hx)[0].data,
         lambda rows: rows,
@@ -153,24 +159,27 @@ def _packed(name: str, module: nn.RNNBase, problem: Problem) -> Variant:
     )
 
 
-def _stepwise(module: nn.RNNBase, problem: Problem) -> Variant:
+def _stepwise(module: nn.RNNBase, problem: Problem) -> TrainableVariant:
     """Resets as they are written with torch.nn: a call for every step, its state masked."""
     leaf = problem.input.clone().requires_grad_()
     keep = problem.reset.logical_not().to(problem.dtype)[:, None, :, None]  # [T, 1, N, 1]
 
     def forward() -> Tensor:
-        state, outputs = problem.hx, []
+        state: Any = problem.hx
+        outputs = []
         for step in range(problem.case.steps):
             mask = keep[step]
-            state = tuple(part * mask for part in state) if isinstance(state, tuple) else state * mask
+            state = (state[0] * mask, state[1] * mask) if isinstance(state, tuple) else state * mask
             output, state = module(leaf[step : step + 1], state)
             outputs.append(output)
         return torch.cat(outputs)
 
-    return Variant("torch-stepwise", forward, problem.pack, module=module, leaf=leaf, grad_output=problem.grad_output)
+    return TrainableVariant(
+        "torch-stepwise", forward, problem.pack, module=module, leaf=leaf, grad_output=problem.grad_output
+    )
 
 
-def variants(problem: Problem) -> list[Variant]:
+def variants(problem: Problem) -> list[TrainableVariant]:
     """The implementations in torch.nn and fastrnn of a problem's work, torch's own first."""
     reference = problem.reference
     module = getattr(load_fastrnn(), CLASSES[problem.cell])(problem.case.input_size, problem.case.hidden_size)
@@ -188,7 +197,7 @@ def variants(problem: Problem) -> list[Variant]:
     return [_plain("torch", reference, problem), _plain("fastrnn", module, problem)]
 
 
-def check(problem: Problem, runs: Sequence[Variant], mode: str) -> None:
+def check(problem: Problem, runs: Sequence[Any], mode: str) -> None:
     """Run every variant once and compare outputs, and in training the gradients of input and weights.
 
     Raises
@@ -198,8 +207,11 @@ def check(problem: Problem, runs: Sequence[Variant], mode: str) -> None:
     """
     results = {}
     for run in runs:
-        with torch.inference_mode(mode == "inference"):
-            results[run.name] = {"output": run.rows(run.forward())} if mode == "inference" else run.gradients()
+        if mode == "training":
+            results[run.name] = run.gradients()
+        else:
+            with torch.inference_mode():
+                results[run.name] = {"output": run.rows(run.forward())}
     for run in runs:
         for name, expected in results[run.expected].items():
             actual = results[run.name][name]
@@ -252,7 +264,7 @@ def measure(
     """
     with timing.threads(thread_count) as count:
         problem = make_problem(case, cell, DTYPES[dtype], device)
-        runs = variants(problem)
+        runs: list[Any] = [*variants(problem)]
         if peers and mode == "inference" and dtype == "float32":
             from bench.peers import peer_variant
 

@@ -23,7 +23,7 @@ from bench.report import by_cell, geomean
 
 COLOURS = {"inference": "#2a78b5", "training": "#e08a1e"}
 SLOWER = "#c0282d"
-TICKS = (0.1, 0.2, 0.5, 0.8, 1, 1.25, 1.5, 2, 3, 5, 10, 20, 50, 100)
+TICKS = (0.05, 0.1, 0.2, 0.5, 0.8, 1, 1.25, 1.5, 2, 3, 5, 10, 20, 50, 100)
 BAR = 0.38
 
 
@@ -67,7 +67,7 @@ def _panel(axes: Axes, cell: str, group: Sequence[Row], cases: Sequence[str]) ->
     """One cell: two bars a case, starting from the line at 1."""
     for row in group:
         place = cases.index(row.case) + BAR * (MODES.index(row.mode) - 0.5)
-        style = {"edgecolor": SLOWER, "hatch": "////", "linewidth": 0.8} if row.regression else {}
+        style: dict[str, Any] = {"edgecolor": SLOWER, "hatch": "////", "linewidth": 0.8} if row.regression else {}
         axes.barh(place, row.ratio - 1, left=1, height=BAR, color=COLOURS[row.mode], **style)
         axes.annotate(
             f"{row.ratio:.2f}" if row.ratio < 10 else f"{row.ratio:.1f}",
@@ -96,7 +96,7 @@ def _ticks(axes: Axes, low: float, high: float) -> None:
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     chosen: list[float] = [1.0]
-    apart = math.log(high / low) / 9
+    apart = math.log(high / low) / 13
     for tick in sorted(TICKS, key=lambda tick: abs(math.log(tick))):
         if low <= tick <= high and all(abs(math.log(tick / other)) > apart for other in chosen):
             chosen.append(tick)

@@ -140,7 +140,8 @@ def to_markdown(rows: Sequence[Row], info: dict[str, Any], language_model: charl
 
 
 def _markdown_table(group: Sequence[Row]) -> list[str]:
-    words, numbers = "case shape mode dtype".split(), ["threads", "torch ms", "fastrnn ms", "ratio", "paired", "rounds"]
+    words = ["case", "shape", "mode", "dtype"]
+    numbers = ["threads", "torch ms", "fastrnn ms", "ratio", "paired", "rounds"]
     lines = [
         f"| {' | '.join([*words, *numbers])} | others over fastrnn |",
         "|---" * len(words) + "|--:" * len(numbers) + "|---|",

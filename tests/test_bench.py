@@ -1,0 +1,296 @@
+"""The benchmarks: pairing and ratios on a clock of our own, the table of cases, the reports, the language model."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("rich")
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # the benchmarks are no part of the installed package
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from bench import __main__ as command
+from bench import cases, charlm, layers, report, table, timing
+
+TINY = cases.Case("tiny", 3, 5, 4, 6, "a test")
+TINY_VARIANTS = [
+    TINY,
+    cases.Case("tiny-stream", 1, 1, 4, 4, "a test", stateful=True),
+    cases.Case("tiny-ragged", 3, 40, 4, 6, "a test", ragged=True),
+    cases.Case("tiny-rl", 3, 40, 4, 6, "a test", resets=True, stateful=True),
+]
+
+
+def silent() -> Console:
+    return Console(file=io.StringIO(), width=120)
+
+
+class FakeClock:
+    """A clock that only functions move on: each call costs its function's ``cost``, times a drift common to all."""
+
+    def __init__(self) -> None:
+        self.time, self.drift, self.samples = 0.0, 1.0, []
+
+    def now(self) -> float:
+        return self.time
+
+    def sample(self, function, calls: int) -> float:
+        start = self.time
+        for _ in range(calls):
+            function()
+        self.samples.append((function, calls))
+        return self.time - start
+
+    def function(self, cost: float):
+        def call() -> None:
+            self.time += cost * self.drift
+            self.drift *= 1.001  # a machine that becomes slower and slower
+
+        return call
+
+
+def test_functions_are_timed_in_turn():
+    clock = FakeClock()
+    functions = {"a": clock.function(0.3), "b": clock.function(0.2), "c": clock.function(0.1)}
+    comparison = timing.compare(functions, budget=0.0, clock=clock)
+    rounds = [function for function, _ in clock.samples[-3 * timing.MIN_ROUNDS :]]
+    assert rounds == list(functions.values()) * timing.MIN_ROUNDS
+    assert comparison.rounds == timing.MIN_ROUNDS
+    assert all(len(t.seconds) == timing.MIN_ROUNDS for t in comparison.timings.values())
+
+
+def test_ratios_do_not_drift():
+    clock = FakeClock()
+    comparison = timing.compare({"peer": clock.function(0.4), "ours": clock.function(0.1)}, budget=10.0, clock=clock)
+    assert comparison.rounds > timing.MIN_ROUNDS
+    seconds = comparison.timings["ours"].seconds
+    assert seconds[-1] > 1.02 * seconds[0]
+    assert comparison.median_ratio("peer", "ours") == pytest.approx(4, rel=5e-3)
+    assert comparison.ratio_of_minima("peer", "ours") == pytest.approx(4, rel=5e-3)
+
+
+def test_statistics_of_a_comparison():
+    comparison = timing.Comparison({"peer": timing.Timing([4.0, 9.0, 6.0]), "ours": timing.Timing([2.0, 3.0, 1.0])})
+    assert comparison.timings["peer"].minimum == 4 and comparison.timings["peer"].median == 6
+    assert comparison.ratio_of_minima("peer", "ours") == 4
+    assert comparison.median_ratio("peer", "ours") == 3
+
+
+def test_short_calls_are_repeated_and_seconds_are_per_call():
+    clock = FakeClock()
+    comparison = timing.compare({"short": clock.function(1e-6)}, budget=0.01, clock=clock)
+    _, calls = clock.samples[-1]
+    assert calls * comparison.timings["short"].minimum >= timing.MIN_SAMPLE_SECONDS
+    clock.drift = 1.0
+    assert comparison.timings["short"].minimum < 1.0
+
+
+def test_budget_and_limit_end_the_rounds():
+    clock = FakeClock()
+    assert timing.compare({"long": clock.function(1.0)}, budget=0.0, limit=2.0, clock=clock).rounds == (
+        timing.FEWEST_ROUNDS
+    )
+    clock = FakeClock()
+    timing.compare({"a": clock.function(0.01), "b": clock.function(0.02)}, budget=3.0, clock=clock)
+    assert 2.8 < clock.time < 3.2
+
+
+def test_threads_are_set_and_restored():
+    before = torch.get_num_threads()
+    with timing.threads(1) as count:
+        assert count == torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
+    with timing.threads(0) as count:
+        assert count == before
+
+
+def test_clock_of_a_device():
+    assert isinstance(timing.clock_for("cpu"), timing.CpuClock)
+    assert isinstance(timing.clock_for("cuda:0"), timing.CudaClock)
+
+
+def test_cases():
+    names = [case.name for case in cases.CASES]
+    assert len(set(names)) == len(names) == 17
+    by_name = {case.name: case for case in cases.CASES}
+    assert by_name["online-1024"].steps == 64
+    assert [case.name for case in cases.CASES if case.resets] == ["rl-128", "rl-256"]
+    ragged = by_name["ragged"]
+    lengths = ragged.lengths()
+    assert lengths[0] == 400 and lengths[-1] == 20 and (lengths.diff() < 0).all()
+    assert lengths.sum().item() / (ragged.steps * ragged.batch) == pytest.approx(0.52, abs=0.01)
+    reset = by_name["rl-256"].reset(torch.Generator().manual_seed(0))
+    assert reset.shape == (128, 16) and reset.float().mean().item() == pytest.approx(0.03, abs=0.015)
+    assert not TINY.reset(torch.Generator()).any()
+
+
+def test_select():
+    assert [case.name for case in cases.select(["nlp", "stream-*"])] == [
+        "stream-64",
+        "stream-256",
+        "stream-1024",
+        "nlp",
+    ]
+    assert cases.select(None) == list(cases.CASES)
+    with pytest.raises(ValueError, match="no case matches 'speach'; the cases are stream-64"):
+        cases.select(["speach"])
+
+
+@pytest.mark.parametrize("mode", cases.MODES)
+@pytest.mark.parametrize("cell", cases.CELLS)
+@pytest.mark.parametrize("case", TINY_VARIANTS, ids=lambda case: case.name)
+def test_measure(case, cell, mode):
+    row = layers.measure(case, cell, mode, budget=0.0)
+    others = {"tiny-ragged": {"fastrnn-lengths"}, "tiny-rl": {"torch-stepwise"}}.get(case.name, set())
+    assert set(row.seconds) == {"torch", "fastrnn"} | others
+    assert set(row.peer_ratios) == others
+    assert row.ratio == row.seconds["torch"]["min"] / row.seconds["fastrnn"]["min"] > 0
+    assert row.rounds >= timing.FEWEST_ROUNDS
+
+
+@pytest.mark.parametrize("peer", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("cell", cases.CELLS)
+@pytest.mark.parametrize("case", TINY_VARIANTS, ids=lambda case: case.name)
+def test_peers_agree(case, cell, peer):
+    pytest.importorskip("onnx")
+    pytest.importorskip(peer)
+    from bench.peers import peer_variant
+
+    problem = layers.make_problem(case, cell)
+    layers.check(problem, [layers.variants(problem)[0], peer_variant(peer, problem, threads=1)], "inference")
+
+
+def test_wrong_results_are_not_timed():
+    problem = layers.make_problem(TINY, "gru")
+    runs = layers.variants(problem)
+    with torch.no_grad():
+        runs[1].module.weight_hh_l0[0] += 0.5
+    with pytest.raises(layers.DisagreementError, match="gru tiny inference: output of fastrnn differs from torch"):
+        layers.check(problem, runs, "inference")
+    with pytest.raises(layers.DisagreementError, match="gru tiny training"):
+        layers.check(problem, runs, "training")
+
+
+def make_row(cell: str, case: str, mode: str, ratio: float) -> layers.Row:
+    seconds = {"torch": {"min": 1e-3 * ratio, "median": 2e-3}, "fastrnn": {"min": 1e-3, "median": 1e-3}}
+    return layers.Row(cell, case, "N1 T1", mode, "float32", 2, 5, seconds, ratio, ratio)
+
+
+ROWS = [
+    make_row("lstm", "nlp", "training", 0.5),
+    make_row("lstm", "nlp", "inference", 2.0),
+    make_row("gru", "series", "inference", 8.0),
+    make_row("lstm", "stream-64", "inference", 4.0),
+]
+INFO = {
+    **{"cpu": "A processor", "cores": 2, "threads": 2, "cpu_capability": "AVX2", "torch": "2.0", "fastrnn": "1.0"},
+    **{"python": "3.12", "date": "2025-01-01T00:00:00", "commit": "abc", "build_info": {}},
+}
+
+
+def test_geomean_and_summary():
+    assert report.geomean([0.5, 2.0]) == pytest.approx(1)
+    assert math.isnan(report.geomean([]))
+    summary = report.summary(ROWS)
+    assert list(summary) == ["lstm", "gru"]
+    assert summary["lstm"]["all"] == pytest.approx(4 ** (1 / 3))
+    assert summary["lstm"]["inference"] == pytest.approx(8**0.5)
+    assert summary["lstm"]["regressions"] == 1 and summary["gru"]["regressions"] == 0
+
+
+def test_reports():
+    document = json.loads(report.to_json(ROWS, INFO))
+    assert document["machine"]["cpu"] == "A processor"
+    assert len(document["rows"]) == 4 and document["rows"][0]["seconds"]["fastrnn"]["min"] == 1e-3
+    text = report.to_markdown(ROWS, INFO)
+    lines = [line for line in text.splitlines() if line.startswith(("| stream", "| nlp", "| series"))]
+    assert [line.split(" | ")[0] for line in lines] == ["| stream-64", "| nlp", "| nlp", "| series"]
+    assert sum("▼" in line for line in lines) == 1 and "**0.50 ▼**" in lines[2]
+    tables = [line for line in text.splitlines() if line.startswith("| ") or line.startswith("|-")]
+    assert {line.count("|") for line in tables} == {6, 12}
+
+
+def test_shown_table_marks_what_is_slower():
+    console = silent()
+    table.show(ROWS, console)
+    text = console.file.getvalue()
+    assert "0.50 ▼" in text and "geomean 8.00" in text and "1 slower rows" in text
+
+
+def test_write(tmp_path):
+    pytest.importorskip("matplotlib")
+    paths = report.write(ROWS, INFO, None, tmp_path / "out")
+    assert [path.name for path in paths] == ["results.json", "results.md", "ratios.png"]
+    assert paths[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_command_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(cases, "CASES", (TINY,))
+    file = tmp_path / "rows.json"
+    arguments = ["--case", "tiny", "--cell", "rnn", "--mode", "inference", "--threads", "1", "--budget", "0"]
+    assert command.main([*arguments, "--json", str(file)]) == 0
+    (row,) = json.loads(file.read_text())["rows"]
+    assert (row["case"], row["cell"], row["mode"], row["threads"]) == ("tiny", "rnn", "inference", 1)
+
+
+def test_command_line_tells_mistakes_in_one_line(capsys, monkeypatch):
+    assert command.main(["--case", "speach"]) == 2
+    assert "no case matches 'speach'" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert command.main(["--case", "nlp", "--peer", "onnxruntime"]) == 2
+    assert capsys.readouterr().out.strip() == "bench: the peer needs the package onnx: python -m pip install onnx"
+
+
+def test_language_model_curves_agree():
+    result = charlm.run(charlm.Settings.quick(), silent())
+    assert result.updates == charlm.Settings.quick().updates == len(result.seconds["fastrnn"])
+    assert result.losses["torch"][-1] < 0.85 * result.losses["torch"][0]
+    assert len(result.sample) == charlm.Settings.quick().sample_length
+    charlm.show(result, console := silent())
+    assert "The curves agree" in console.file.getvalue()
+
+
+class WrongBiasGradient(nn.LSTM):
+    """Trains as torch's LSTM but for a gradient that is half of what it should be."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.bias_hh_l0.register_hook(lambda gradient: 0.5 * gradient * (torch.arange(len(gradient)) % 2))
+
+
+def test_language_model_finds_a_wrong_gradient(monkeypatch):
+    monkeypatch.setattr(charlm, "load_fastrnn", lambda: type("Wrong", (), {"LSTM": WrongBiasGradient}))
+    with pytest.raises(charlm.CurvesError, match="the losses differ at update"):
+        charlm.run(charlm.Settings.quick(), silent())
+
+
+def test_check_curves():
+    curve = [3.0 - 0.01 * update for update in range(100)]
+    charlm.check_curves(curve, curve)
+    late = [loss * (1.02 if update > 50 else 1) for update, loss in enumerate(curve)]
+    charlm.check_curves(curve, late)
+    with pytest.raises(charlm.CurvesError, match="averaged over the 20 updates"):
+        charlm.check_curves(curve, [loss * (1.06 if update > 50 else 1) for update, loss in enumerate(curve)])
+    with pytest.raises(charlm.CurvesError, match="at update 1"):
+        charlm.check_curves(curve, [curve[0], curve[1] * 1.01, *curve[2:]])
+    with pytest.raises(charlm.CurvesError, match="not finite"):
+        charlm.check_curves(curve, [*curve[:-1], math.nan])
+
+
+def test_batches_are_parallel_streams_of_the_text():
+    settings = charlm.Settings(batch=2, steps=3)
+    made = charlm.batches(torch.arange(20), settings)
+    batch, first = next(made)
+    assert first and batch.tolist() == [[0, 10], [1, 11], [2, 12], [3, 13]]
+    batch, first = next(made)
+    assert not first and batch[:, 0].tolist() == [3, 4, 5, 6]
+    next(made)
+    assert next(made)[1]
