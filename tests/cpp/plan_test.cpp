@@ -1,4 +1,6 @@
 // The plan over some thousand shapes: what it promises must hold for each.
+#include <initializer_list>
+
 #include "check.h"
 #include "core/plan.h"
 
