@@ -49,6 +49,7 @@ bench: $(VENV)/.bench ## Train a language model with torch.nn and with fastrnn, 
 
 test: lint test-cpp test-python ## Check format and lint, run the C++ and the Python tests on both backends
 
+# Leaks are not looked for: torch and OpenMP keep what they allocate once, and not every container lets the detector run.
 test-full: $(VENV)/.dev ## Run what is slower: slow tests, the packages, the C++ tests under sanitizers
 	$(PYTEST) -m slow
 ifneq ($(FASTRNN_NATIVE),0)

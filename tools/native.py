@@ -236,6 +236,15 @@ def build_library(extra: list[str] | None = None) -> Path:
     return library
 
 
+def build_in_place() -> None:
+    """Put the library beside the Python sources; for a pure Python package, see that none is there."""
+    target = ROOT / "fastrnn" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if wants_native():
+        shutil.copy2(build_library(), target)
+    else:
+        target.unlink(missing_ok=True)  # one of an earlier build would be loaded
+
+
 def build_tests(sanitize: bool) -> Path:
     """Build the C++ tests and return the folder in which ctest runs them."""
     build = ROOT / "build" / ("cpp-tests-sanitize" if sanitize else "cpp-tests")
@@ -257,9 +266,8 @@ def main() -> None:
             check()
         elif arguments.command == "tests":
             build_tests(arguments.sanitize)
-        elif wants_native():
-            library = build_library()
-            shutil.copy2(library, ROOT / "fastrnn" / library.name)
+        else:
+            build_in_place()
     except BuildError as error:
         sys.exit(f"fastrnn: {error}")
 
