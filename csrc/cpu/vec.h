@@ -76,36 +76,37 @@ struct Math<Vec<float>> : VecMath<float> {
 #endif
   }
 
-  // A division of full-width vectors takes as long as eight multiplications; one Newton step on the estimate of the
-  // reciprocal and one on the quotient take five, and are as exact to the last bit but one. b lies within [1, 2^127).
-  static FASTRNN_INLINE V divide(V a, V b) {
+  // A division of full-width vectors takes as long as eight multiplications; the estimate of the reciprocal with two
+  // Newton steps, the second as exact as an FMA makes it, takes five and errs by half a unit and a little.
+  // x lies within [1, 2^127).
+  static FASTRNN_INLINE V reciprocal(V x) {
 #if defined(CPU_CAPABILITY_AVX512)
-    V r = _mm512_rcp14_ps(b);
-    r = at::vec::fmadd(V(_mm512_fnmadd_ps(b, r, V(1))), r, r);
-    const V q = a * r;
-    return at::vec::fmadd(V(_mm512_fnmadd_ps(q, b, a)), r, q);
+    V r = _mm512_rcp14_ps(x);
+    r = at::vec::fmadd(V(_mm512_fnmadd_ps(x, r, V(1))), r, r);
+    return at::vec::fmadd(V(_mm512_fnmadd_ps(x, r, V(1))), r, r);
 #else
-    return a / b;
+    return V(1) / x;
 #endif
   }
 
-  // at::vec's clamp passes NaN on: a NaN in the input is one in the output
-  static FASTRNN_INLINE V clamp(V x, float limit) { return at::vec::clamp(x, V(-limit), V(limit)); }
-
   static FASTRNN_INLINE V sigmoid(V x) {
     V n;
-    const V m = reduce(clamp(x.neg(), 87.0f), n);
+    const V m = reduce(at::vec::clamp(x.neg(), V(-87.0f), V(87.0f)), n);  // clamp passes NaN on
     const V scale = power_of_two(n);
-    return divide(V(1), V(1) + at::vec::fmadd(scale, m, scale));
+    return reciprocal(V(1) + at::vec::fmadd(scale, m, scale));
   }
 
+  // With e = expm1(2|x|): e / (e + 2) has no cancellation near zero, 1 - 2 / (e + 2) errs by half a unit near one, where
+  // the derivative 1 - y^2 shows every unit of y.
   static FASTRNN_INLINE V tanh(V x) {
     V n;
-    x = clamp(x, 9.1f);  // beyond it tanh is 1 in float
-    const V m = reduce(x + x, n);
+    const V magnitude = at::vec::clamp(x.abs(), V(0), V(9.1f));  // beyond it tanh is 1 in float
+    const V m = reduce(magnitude + magnitude, n);
     const V scale = power_of_two(n);
-    const V e = at::vec::fmadd(scale, m, scale - V(1));  // e^2x - 1, without cancellation near zero
-    return divide(e, e + V(2));
+    const V e = at::vec::fmadd(scale, m, scale - V(1));
+    const V r = reciprocal(e + V(2));
+    const V y = V::blendv(V(1) - (r + r), e * r, magnitude < V(0.5f));
+    return y | (x & V(-0.0f));
   }
 };
 

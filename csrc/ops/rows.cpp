@@ -50,7 +50,7 @@ RowTable::RowTable(int64_t steps, int64_t batch, const OptionalTensor& lengths, 
     const Tensor values = lengths->contiguous();
     std::copy_n(values.const_data_ptr<int64_t>(), batch, length);
     for (int64_t n = 0; n < batch; ++n) {
-      TORCH_CHECK(length[n] >= 0 && length[n] <= steps, "Expected lengths from 0 to ", steps, ", got ", length[n],
+      TORCH_CHECK(length[n] >= 0 && length[n] <= steps, "lengths should be between 0 and ", steps, ", got ", length[n],
                   " at index ", n);
     }
     std::stable_sort(order, order + batch, [&](int64_t a, int64_t b) { return length[a] > length[b]; });
