@@ -73,9 +73,7 @@ class _Layers(torch.nn.RNNBase):
 
     def _hidden_dims_error(self, hx: Any, dim: int) -> str | None:
         """The complaint about a hidden state that is not ``dim``-dimensional."""
-        if hx.dim() == dim:
-            return None
-        return f"hx should also be {dim}-D but got {hx.dim()}-D tensor"
+        return None if hx.dim() == dim else f"hx should also be {dim}-D but got {hx.dim()}-D tensor"
 
     def _forward(
         self, input: Any, hx: Any, lengths: Tensor | None, reset: Tensor | None, need_steps: bool = False
@@ -152,12 +150,10 @@ class _Layers(torch.nn.RNNBase):
         batch_sizes: Tensor | None,
         need_steps: bool,
     ) -> tuple[Tensor, Any, list[Tensor]]:
-        if hx is not None and isinstance(hx, Tensor):
-            hx = (hx,)
         output, final, steps = stack(
             _CELLS[self.mode],
             input,
-            hx,
+            (hx,) if isinstance(hx, Tensor) else hx,
             self._weights(),
             self.bias,
             self.num_layers,
