@@ -63,9 +63,9 @@ def lstm(
     Raises
     ------
     ValueError, TypeError
-        For arguments that contradict each other, and for ``lengths`` or ``reset`` of a wrong type, shape or range.
+        For arguments that contradict each other, and for ``lengths`` or ``reset`` of a wrong type or shape.
     RuntimeError
-        For tensors of the wrong shape, dtype or device, and for T = 0.
+        For tensors of the wrong shape, dtype or device, ``lengths`` out of range, and T = 0.
 
     References
     ----------

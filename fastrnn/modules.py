@@ -50,7 +50,8 @@ class _Layers(torch.nn.RNNBase):
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """As torch.nn does, but against the weight that forward will use, functional_call's for one."""
-        dtype = self._weight("weight_ih_l0").dtype
+        weight = self._parameters.get("weight_ih_l0")
+        dtype = (self.weight_ih_l0 if weight is None else weight).dtype
         if input.dtype != dtype and not torch._C._is_any_autocast_enabled():
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({dtype}). "
@@ -64,17 +65,15 @@ class _Layers(torch.nn.RNNBase):
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.size(-1)}"
             )
 
-    def _weight(self, name: str) -> Tensor:
-        # _parameters is what torch.func.functional_call writes to; what is missing there is an attribute: a
-        # parametrization's property, a pruning hook's tensor, a data-parallel replica's
-        weight = self._parameters.get(name)
-        return getattr(self, name) if weight is None else weight
+    def _weights(self) -> list[Tensor]:
+        # never _flat_weights: _parameters is what torch.func.functional_call writes to; what is missing there is an
+        # attribute, of a parametrization, a pruning hook or a data-parallel replica
+        p: dict[str, Any] = self._parameters
+        return [p[name] if name in p else getattr(self, name) for name in self._flat_weights_names]
 
     def _hidden_dims_error(self, hx: Any, dim: int) -> str | None:
         """The complaint about a hidden state that is not ``dim``-dimensional."""
-        if hx.dim() == dim:
-            return None
-        return f"hx should also be {dim}-D but got {hx.dim()}-D tensor"
+        return None if hx.dim() == dim else f"hx should also be {dim}-D but got {hx.dim()}-D tensor"
 
     def _forward(
         self, input: Any, hx: Any, lengths: Tensor | None, reset: Tensor | None, need_steps: bool = False
@@ -101,10 +100,10 @@ class _Layers(torch.nn.RNNBase):
     ) -> tuple[Tensor, Any, list[Tensor]]:
         """A batch of one; lengths is then of shape (), reset (T,)."""
         batch_dim = 0 if self.batch_first else 1
-        if lengths is not None:
-            if isinstance(lengths, Tensor) and lengths.dim() != 0:
+        if isinstance(lengths, Tensor):  # what is none is refused further down
+            if lengths.dim() != 0:
                 raise ValueError(f"lengths should have the shape () for unbatched input, got: {tuple(lengths.shape)}")
-            lengths = lengths.unsqueeze(0) if isinstance(lengths, Tensor) else lengths
+            lengths = lengths.unsqueeze(0)
         if isinstance(reset, Tensor):
             if reset.shape != input.shape[:1]:
                 raise ValueError(
@@ -151,14 +150,11 @@ class _Layers(torch.nn.RNNBase):
         batch_sizes: Tensor | None,
         need_steps: bool,
     ) -> tuple[Tensor, Any, list[Tensor]]:
-        if hx is not None and isinstance(hx, Tensor):
-            hx = (hx,)
-        weights = [self._weight(name) for name in self._flat_weights_names]
         output, final, steps = stack(
             _CELLS[self.mode],
             input,
-            hx,
-            weights,
+            (hx,) if isinstance(hx, Tensor) else hx,
+            self._weights(),
             self.bias,
             self.num_layers,
             self.dropout,

@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 from cases import data, module, parametrize, small
+from torch.nn.utils import parametrizations, prune
 
 import fastrnn
 
@@ -260,13 +261,13 @@ def test_weights_are_looked_up_anew(backend):
     assert net._flat_weights[0] is net.weight_ih_l0
     assert not torch.equal(net(input)[0], before)
     assert net.double()(input.double())[0].dtype == torch.float64
-    parametrized = torch.nn.utils.parametrizations.weight_norm(fastrnn.GRU(3, 5), "weight_hh_l0")
+    parametrized = parametrizations.weight_norm(fastrnn.GRU(3, 5), "weight_hh_l0")
     twin = torch.nn.GRU(3, 5)
     twin.load_state_dict({name: getattr(parametrized, name).detach() for name in twin.state_dict()})
     torch.testing.assert_close(parametrized(input), twin(input))
     parametrized(input)[0].sum().backward()
     assert parametrized.parametrizations.weight_hh_l0.original0.grad is not None
-    pruned = torch.nn.utils.prune.l1_unstructured(fastrnn.GRU(3, 5), "weight_ih_l0", 0.5)
+    pruned = prune.l1_unstructured(fastrnn.GRU(3, 5), "weight_ih_l0", 0.5)
     pruned(input)[0].sum().backward()
     assert not pruned.weight_ih_l0_orig.grad[pruned.weight_ih_l0_mask == 0].any()
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from cases import data, module, parametrize, small
+from tolerance import check
 from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
-from fastrnn import _backend, functional
+from fastrnn import _backend, functional, reference
 
 
 @pytest.mark.parametrize("p", [0.3, 1.0])
@@ -144,3 +145,26 @@ def test_device_of_a_tensor_decides(monkeypatch):
     assert _backend.choose(torch.ones(1), features=True) == "native"
     monkeypatch.setattr(_backend, "layer_ops", None)
     assert _backend.choose(torch.ones(1), features=False) == "python"
+
+
+@pytest.mark.parametrize(
+    "low, high", [(-20, -9), (-9, -4), (-4, -2), (-2, -1), (-1, 1), (1, 2), (2, 4), (4, 9), (9, 20)]
+)
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+def test_activations_piece_by_piece(cell, low, high, backend):
+    """A derivative near saturation is tiny: only a piece by itself shows whether it is still exact."""
+    size, gates = 17, reference.CELLS[cell].gates
+    name = cell.split("_")[0] + "_cell"
+
+    def run(function, dtype):
+        input = torch.linspace(low, high, 4001).to(dtype).unsqueeze(1).requires_grad_()
+        weights = [torch.ones(gates * size, 1, dtype=dtype), torch.zeros(gates * size, size, dtype=dtype)]
+        zeros = torch.zeros(len(input), size, dtype=dtype)
+        states = function(input, (zeros, zeros) if cell == "lstm" else zeros, *weights)
+        states = states if isinstance(states, tuple) else (states,)
+        return [*states, torch.autograd.grad(sum(state[:, 0].sum() for state in states), input)[0]]
+
+    ours = run(getattr(functional, name), torch.float32)
+    theirs, oracle = (run(getattr(torch._VF, f"{cell}_cell"), dtype) for dtype in (torch.float32, torch.float64))
+    for what, *results in zip(("h", *["c"] * (len(ours) - 2), "gradient"), ours, theirs, oracle, strict=True):
+        check(what, *results)

@@ -116,6 +116,16 @@ def test_compile_with_lengths_and_reset(case, native):
     torch.testing.assert_close(tensors(states(*arguments)), tensors(net.forward_states(*arguments)), rtol=0, atol=0)
 
 
+@parametrize(small(layout="sorted") + small(layout="unsorted", num_layers=2) + small(layout="sorted", hx=False))
+def test_compile_packed(case, native):
+    """In one graph with hx; without, the number of rows has to be read from batch_sizes, which breaks the graph."""
+    torch._dynamo.reset()
+    net = module(case)
+    compiled = torch.compile(net, fullgraph=case.hx, backend="aot_eager")
+    arguments = data(case)
+    torch.testing.assert_close(train(compiled, net, *arguments), train(net, net, *arguments), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
 def test_compile_cells(name, native):
     torch._dynamo.reset()
