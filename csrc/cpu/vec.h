@@ -96,17 +96,23 @@ struct Math<Vec<float>> : VecMath<float> {
     return reciprocal(V(1) + at::vec::fmadd(scale, m, scale));
   }
 
-  // With e = expm1(2|x|): e / (e + 2) has no cancellation near zero, 1 - 2 / (e + 2) errs by half a unit near one, where
-  // the derivative 1 - y^2 shows every unit of y.
+  // 1 - 2 / (e^2|x| + 1) errs by half a unit near one, where the derivative 1 - y^2 shows every unit of y. It cancels
+  // near zero; there an odd polynomial stands in (coefficients: Cephes, Moshier 1989).
   static FASTRNN_INLINE V tanh(V x) {
     V n;
     const V magnitude = at::vec::clamp(x.abs(), V(0), V(9.1f));  // beyond it tanh is 1 in float
     const V m = reduce(magnitude + magnitude, n);
     const V scale = power_of_two(n);
-    const V e = at::vec::fmadd(scale, m, scale - V(1));
-    const V r = reciprocal(e + V(2));
-    const V y = V::blendv(V(1) - (r + r), e * r, magnitude < V(0.5f));
-    return y | (x & V(-0.0f));
+    const V r = reciprocal(at::vec::fmadd(scale, m, scale) + V(1));
+    const V large = V(1) - (r + r);
+    const V square = x * x;
+    V p(-5.70498872745e-3f);
+    p = at::vec::fmadd(p, square, V(2.06390887954e-2f));
+    p = at::vec::fmadd(p, square, V(-5.37397155531e-2f));
+    p = at::vec::fmadd(p, square, V(1.33314422036e-1f));
+    p = at::vec::fmadd(p, square, V(-3.33332819422e-1f));
+    const V small = at::vec::fmadd(p * square, x, x);
+    return V::blendv(large | (x & V(-0.0f)), small, magnitude < V(0.625f));
   }
 };
 

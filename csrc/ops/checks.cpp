@@ -100,7 +100,9 @@ Layout check_layer(CellKind kind, const Tensor& input, TensorList hx, TensorList
   if (l.packed) {
     TORCH_CHECK(!lengths.has_value() && !reset.has_value(),
                 "batch_sizes says the lengths itself: lengths and reset need a padded input");
-    TORCH_CHECK(batch_sizes->dim() == 1 && batch_sizes->scalar_type() == at::kLong && batch_sizes->device().is_cpu(),
+    // while torch.compile traces, every tensor is a meta tensor
+    const bool readable = batch_sizes->device().is_cpu() || input.is_meta();
+    TORCH_CHECK(batch_sizes->dim() == 1 && batch_sizes->scalar_type() == at::kLong && readable,
                 "batch_sizes should be a 1-D int64 tensor on the CPU");
     TORCH_CHECK(!hx.empty(), "batch_sizes needs hx");
     l.steps = batch_sizes->sym_size(0);
