@@ -163,7 +163,7 @@ def check_lengths_range(lengths: Tensor, steps: int) -> None:
     wrong = ((lengths < 0) | (lengths > steps)).nonzero()
     if len(wrong) > 0:
         index = int(wrong[0])
-        raise RuntimeError(f"Expected lengths from 0 to {steps}, got {int(lengths[index])} at index {index}")
+        raise RuntimeError(f"lengths should be between 0 and {steps}, got {int(lengths[index])} at index {index}")
 
 
 def _check_layer(
