@@ -97,8 +97,8 @@ def test_against_segments_apart(case, which, backend):
     own = torch.float32 if case.dtype == torch.float64 else case.dtype
     theirs = outputs_and_gradients(Apart(case, own), *data(case, own), **chosen)
     oracle = outputs_and_gradients(Apart(case, torch.float64), *data(case, torch.float64), **chosen)
-    # Torch sums a weight's gradient segment by segment here, we sum it over the whole batch: what torch errs in its worst
-    # tensor, relative to the largest value there, is its own error for each.
+    # Torch sums a weight's gradient segment by segment here, and ours is one sum over the batch: what torch errs in its
+    # worst tensor, relative to the largest value there, is its own error for each.
     own = max(error(theirs[name], value) / value.abs().max().item() for name, value in oracle.items())
     for name, value in ours.items():
         check(name, value, theirs[name], oracle[name], dtype=case.dtype, own=own * oracle[name].abs().max().item())

@@ -94,7 +94,7 @@ struct BackwardParams {
   T* grad_gates = nullptr;              // [rows, (G+S)*H] out, valid rows only
   T* grad_projected = nullptr;          // [rows, P] out (projected only)
   T* carry = nullptr;                   // [N, H] out: dc_0, or what flows to h_0 element by element
-  T* grad_first = nullptr;              // [N, G*H] out: recurrent gate gradients of each row's first step, zeros if none
+  T* grad_first = nullptr;  // [N, G*H] out: recurrent gate gradients of each row's first step, zeros if none
 };
 
 }  // namespace fastrnn

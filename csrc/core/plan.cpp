@@ -11,9 +11,9 @@ constexpr double kRegionMicroseconds = 4;     // to open a parallel region
 constexpr double kBarrierMicroseconds = 0.3;  // one barrier, the other core a little late
 constexpr int64_t kNaturalRows = 4;           // dot products read the weights once a row: few rows only
 constexpr int64_t kFullTile = 6;              // rows of a register tile
-constexpr int64_t kFusedRows = 8;             // from here on, a step reuses w_ih enough to multiply x within the tiles
-constexpr int64_t kNarrowInput = 8;           // fewer columns than a GEMM is good for
-constexpr int64_t kUnitsPerShare = 16;        // what a member must get of the units to be of use
+constexpr int64_t kFusedRows = 8;  // from here on, a step reuses w_ih enough to multiply x within the tiles
+constexpr int64_t kNarrowInput = 8;  // fewer columns than a GEMM is good for
+constexpr int64_t kUnitsPerShare = 16;  // what a member must get of the units to be of use
 
 void share_work(const CpuProblem& p, const CpuMachine& machine, CpuPlan& plan) {
   const LayerShape& s = p.shape;

@@ -26,7 +26,7 @@ constexpr CpuKernels cpu_kernels_of(const char* name) {
 
 // FASTRNN_KERNELS: kernels_avx512, kernels_avx2 or kernels_default. In the order of CellKind.
 extern const CpuKernels FASTRNN_KERNELS;
-const CpuKernels FASTRNN_KERNELS =
-    cpu_kernels_of<RnnCell<Tanh>, RnnCell<Relu>, LstmCell<>, GruCell<>>(FASTRNN_KERNELS_NAME);
+const CpuKernels FASTRNN_KERNELS = cpu_kernels_of<RnnCell<Tanh>, RnnCell<Relu>, LstmCell<>, GruCell<>>(
+    FASTRNN_KERNELS_NAME);
 
 }  // namespace fastrnn

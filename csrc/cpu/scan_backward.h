@@ -20,24 +20,24 @@ class BackwardScan {
 
   // Where one row of the batch finds and leaves things in one step.
   struct Row {
-    const T* next_gates;   // [(G+S)*H] gate gradients of the step that h_t flows into, or zeros
-    const T* saved;        // [kSaved*H]
-    const T* previous;     // [H] the element state that entered the step
+    const T* next_gates;  // [(G+S)*H] gate gradients of the step that h_t flows into, or zeros
+    const T* saved;  // [kSaved*H]
+    const T* previous;  // [H] the element state that entered the step
     const T* grad_output;  // [outputs] or null
-    const T* grad_h_n;     // [outputs] or null
-    const T* grad_c_n;     // [H] or null
-    const T* grad_cells;   // [H] or null
-    const T* carry_in;     // [H] or null
-    T* carry;              // [H]
-    T* grad_gates;         // [(G+S)*H]
-    T* grad_projected;     // [P] projected only
+    const T* grad_h_n;  // [outputs] or null
+    const T* grad_c_n;  // [H] or null
+    const T* grad_cells;  // [H] or null
+    const T* carry_in;  // [H] or null
+    T* carry;  // [H]
+    T* grad_gates;  // [(G+S)*H]
+    T* grad_projected;  // [P] projected only
   };
 
   struct Scratch {
-    T* packed;      // [blocks of outputs][G*H][kVectors][lanes]
+    T* packed;  // [blocks of outputs][G*H][kVectors][lanes]
     T* projection;  // [blocks of H][P][kVectors][lanes]
-    T* zeros;       // [max((G+S)*H, outputs)]
-    Row* rows;      // [members][N]
+    T* zeros;  // [max((G+S)*H, outputs)]
+    Row* rows;  // [members][N]
   };
 
  public:
@@ -208,8 +208,7 @@ class BackwardScan {
 
   void projection_phase(int64_t s, const Row* rows, int64_t count) const {
     zigzag(place_.blocks(unit_blocks()), s, [&](int64_t block, int64_t next) {
-      for_row_tiles<kTileRows>(
-          count, [&]<int kRows>(int64_t i) { projection_tile<kRows>(rows, i, block, next); });
+      for_row_tiles<kTileRows>(count, [&]<int kRows>(int64_t i) { projection_tile<kRows>(rows, i, block, next); });
     });
   }
 

@@ -53,8 +53,12 @@ struct Place {
   FASTRNN_INLINE void wait_for_units() const {
     if (shard_units) wait();
   }
-  FASTRNN_INLINE Range blocks(int64_t count) const { return shard_units ? share(count, member, members) : Range{0, count}; }
-  FASTRNN_INLINE Range rows(int64_t count) const { return shard_units ? Range{0, count} : share(count, member, members); }
+  FASTRNN_INLINE Range blocks(int64_t count) const {
+    return shard_units ? share(count, member, members) : Range{0, count};
+  }
+  FASTRNN_INLINE Range rows(int64_t count) const {
+    return shard_units ? Range{0, count} : share(count, member, members);
+  }
 };
 
 // Runs work(direction, place) on the team that the plan asks for: two directions side by side where there are two

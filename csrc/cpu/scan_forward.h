@@ -15,38 +15,38 @@ class ForwardScan {
   static constexpr int kUnitVectors = kGates == 1 ? 4 : 1;  // a tile about four vectors wide, for any number of gates
   static constexpr int kVectors = kGates * kUnitVectors;
   static constexpr int64_t kUnits = kUnitVectors * kLanes;  // of a block
-  static constexpr int kAdding = kGates - kSeparate;        // gates whose two parts add in the accumulators
+  static constexpr int kAdding = kGates - kSeparate;  // gates whose two parts add in the accumulators
   static constexpr int kSeparateVectors = kSeparate * kUnitVectors;
   static constexpr int kTileRows = max_rows(kVectors);
   static constexpr int kFusedRows = max_rows(kVectors + kSeparateVectors);
-  static constexpr int kOutputVectors = 4;                  // of a tile of the projection
+  static constexpr int kOutputVectors = 4;  // of a tile of the projection
   static constexpr int64_t kOutputs = kOutputVectors * kLanes;
   static constexpr int kOutputRows = max_rows(kOutputVectors);
   static constexpr ElementState kState = Cell::kState;
 
   // Where one row of the batch finds and leaves things in one step.
   struct Row {
-    const T* h;         // [outputs] the state that enters
-    const T* state;     // [H] the element state that enters
-    const T* input;     // [I] kNatural or fused input only
-    const T* product;   // [G*H] kProduct only
-    T* gates;           // [G*H] the input projection; with save, the reserve; null if neither
-    T* activation;      // [H] projected only: o tanh(c), before the projection
-    T* next;            // [outputs] where the next step finds h
-    T* output;          // [outputs]
-    T* cell;            // [H] kCell only: c, in place
-    T* cells;           // [H] or null
-    T* h_n;             // [outputs] or null: not the row's last step
+    const T* h;  // [outputs] the state that enters
+    const T* state;  // [H] the element state that enters
+    const T* input;  // [I] kNatural or fused input only
+    const T* product;  // [G*H] kProduct only
+    T* gates;  // [G*H] the input projection; with save, the reserve; null if neither
+    T* activation;  // [H] projected only: o tanh(c), before the projection
+    T* next;  // [outputs] where the next step finds h
+    T* output;  // [outputs]
+    T* cell;  // [H] kCell only: c, in place
+    T* cells;  // [H] or null
+    T* h_n;  // [outputs] or null: not the row's last step
   };
 
   struct Scratch {
-    T* packed;      // [blocks][outputs][kVectors][lanes]
+    T* packed;  // [blocks][outputs][kVectors][lanes]
     T* packed_input;  // [blocks][I][kVectors][lanes] fused input only
     T* projection;  // [blocks of P][H][kOutputVectors][lanes]
-    T* h;           // [2][N, outputs]: read one, write the other
+    T* h;  // [2][N, outputs]: read one, write the other
     T* activation;  // [N, H]
-    T* zeros;       // [max(H, outputs)]
-    Row* rows;      // [members][N]
+    T* zeros;  // [max(H, outputs)]
+    Row* rows;  // [members][N]
   };
 
  public:
@@ -82,8 +82,8 @@ class ForwardScan {
     s.packed = arena.take<T>(packed ? blocks(shape.units, kUnits) * shape.outputs * kVectors * kLanes : 0);
     s.packed_input = arena.take<T>(
         scan.plan.fused_input ? blocks(shape.units, kUnits) * shape.inputs * kVectors * kLanes : 0);
-    s.projection = arena.take<T>(
-        shape.projected && packed ? blocks(shape.outputs, kOutputs) * shape.units * kOutputs : 0);
+    s.projection = arena.take<T>(shape.projected && packed ? blocks(shape.outputs, kOutputs) * shape.units * kOutputs
+                                                           : 0);
     s.h = arena.take<T>(2 * batch * shape.outputs);
     s.activation = arena.take<T>(shape.projected ? batch * shape.units : 0);
     s.zeros = arena.take<T>(wide);

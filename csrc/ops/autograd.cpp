@@ -258,10 +258,9 @@ Tensors layer_autograd(c10::DispatchKeySet keys, const Tensor& input, TensorList
 
 template <CellKind kind>
 Tensors backward_autograd(c10::DispatchKeySet keys, const OptionalTensors& grad_outputs, const Tensor& input,
-                          TensorList hx, TensorList weights, const OptionalTensor& lengths,
-                          const OptionalTensor& reset, const OptionalTensor& batch_sizes, const Tensor& output,
-                          const Tensor& reserve, bool bidirectional, bool batch_first, const Mask& mask,
-                          c10::SymInt groups) {
+                          TensorList hx, TensorList weights, const OptionalTensor& lengths, const OptionalTensor& reset,
+                          const OptionalTensor& batch_sizes, const Tensor& output, const Tensor& reserve,
+                          bool bidirectional, bool batch_first, const Mask& mask, c10::SymInt groups) {
   const Tensors inputs = differentiable(input, hx, weights);
   Tensors all = defined(grad_outputs);
   const size_t grads = all.size();

@@ -12,16 +12,18 @@ void check_shape(const Tensor& t, const char* name, c10::ArrayRef<SymInt> shape)
   TORCH_CHECK(t.dim() == static_cast<int64_t>(shape.size()), "Expected ", name, " to be ", shape.size(), "-D, got ",
               t.dim(), "-D");
   for (size_t i = 0; i < shape.size(); ++i) {
-    TORCH_SYM_CHECK(t.sym_size(static_cast<int64_t>(i)).sym_eq(shape[i]), "Expected ", name, " size ", shape,
-                    ", got ", t.sym_sizes());
+    TORCH_SYM_CHECK(t.sym_size(static_cast<int64_t>(i)).sym_eq(shape[i]), "Expected ", name, " size ", shape, ", got ",
+                    t.sym_sizes());
   }
 }
 
 void check_like_input(const Tensor& t, const Tensor& input, const char* what, const char* name) {
-  TORCH_CHECK(t.device() == input.device(), "Input and ", what, " tensors are not at the same device, found input tensor at ",
-              input.device(), " and ", what, " tensor at ", t.device());
-  TORCH_CHECK(t.scalar_type() == input.scalar_type(), "Input and ", what, " tensors are not the same dtype, found input tensor with ",
-              input.scalar_type(), " and ", name, " with ", t.scalar_type());
+  TORCH_CHECK(t.device() == input.device(), "Input and ", what,
+              " tensors are not at the same device, found input tensor at ", input.device(), " and ", what,
+              " tensor at ", t.device());
+  TORCH_CHECK(t.scalar_type() == input.scalar_type(), "Input and ", what,
+              " tensors are not the same dtype, found input tensor with ", input.scalar_type(), " and ", name, " with ",
+              t.scalar_type());
 }
 
 void check_weights(const CellTraits& cell, const Layout& l, const Tensor& input, TensorList weights) {
@@ -67,9 +69,9 @@ std::vector<SymInt> Layout::by_rows(const Tensor& input, std::initializer_list<S
   return shape;
 }
 
-Layout check_layer(CellKind kind, const Tensor& input, TensorList hx, TensorList weights,
-                   const OptionalTensor& lengths, const OptionalTensor& reset, const OptionalTensor& batch_sizes,
-                   bool bidirectional, bool batch_first) {
+Layout check_layer(CellKind kind, const Tensor& input, TensorList hx, TensorList weights, const OptionalTensor& lengths,
+                   const OptionalTensor& reset, const OptionalTensor& batch_sizes, bool bidirectional,
+                   bool batch_first) {
   const CellTraits& cell = traits(kind);
   Layout l;
   l.directions = bidirectional ? 2 : 1;
@@ -78,10 +80,12 @@ Layout check_layer(CellKind kind, const Tensor& input, TensorList hx, TensorList
   TORCH_CHECK(at::isFloatingType(input.scalar_type()), "Expected a floating point input, got ", input.scalar_type());
   TORCH_CHECK(weights.size() % l.directions == 0, "Expected as many weights for each direction, got ", weights.size());
   const size_t per_direction = weights.size() / l.directions;
-  TORCH_CHECK(per_direction >= 2 && per_direction <= 5, "Expected 2 to 5 weights for each direction, got ", per_direction);
+  TORCH_CHECK(per_direction >= 2 && per_direction <= 5, "Expected 2 to 5 weights for each direction, got ",
+              per_direction);
   l.biases = per_direction >= 4;
   l.projected = per_direction % 2 == 1;
-  TORCH_CHECK(!l.projected || kind == CellKind::kLstm, "Only the LSTM has a projection, got ", per_direction, " weights");
+  TORCH_CHECK(!l.projected || kind == CellKind::kLstm, "Only the LSTM has a projection, got ", per_direction,
+              " weights");
   TORCH_CHECK(hx.empty() || hx.size() == static_cast<size_t>(cell.states), "Expected ", cell.states,
               " initial states or none, got ", hx.size());
   for (const Tensor& w : weights) TORCH_CHECK(w.defined(), "Expected weights, got an undefined tensor");
@@ -139,7 +143,8 @@ Layout check_backward(CellKind kind, const OptionalTensors& grad_outputs, const 
   const auto check_grad = [&](size_t i, c10::ArrayRef<SymInt> expected) {
     const OptionalTensor grad = grad_outputs.get(i);
     if (!grad.has_value() || !grad->defined()) return;
-    TORCH_CHECK(grad->device() == input.device(), "Expected grad_outputs on ", input.device(), ", got ", grad->device());
+    TORCH_CHECK(grad->device() == input.device(), "Expected grad_outputs on ", input.device(), ", got ",
+                grad->device());
     check_shape(*grad, "grad_outputs", expected);
   };
   check_grad(0, output.sym_sizes());

@@ -31,9 +31,9 @@ struct Layout {
 };
 
 // Throws the errors of torch.nn where torch.nn has them (c10::Error: RuntimeError in Python).
-Layout check_layer(CellKind kind, const Tensor& input, TensorList hx, TensorList weights,
-                   const OptionalTensor& lengths, const OptionalTensor& reset, const OptionalTensor& batch_sizes,
-                   bool bidirectional, bool batch_first);
+Layout check_layer(CellKind kind, const Tensor& input, TensorList hx, TensorList weights, const OptionalTensor& lengths,
+                   const OptionalTensor& reset, const OptionalTensor& batch_sizes, bool bidirectional,
+                   bool batch_first);
 
 // The same, and what only the backward op has.
 Layout check_backward(CellKind kind, const OptionalTensors& grad_outputs, const Tensor& input, TensorList hx,

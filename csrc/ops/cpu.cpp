@@ -38,7 +38,7 @@ struct Sizes {
 
 Scan make_scan(CellKind kind, const Layout& l, const Sizes& z, const RowTable& table, int element_size, bool backward) {
   Scan scan{kind, {z.inputs, z.units, z.outputs, l.projected}, table.rows(), {}, l.directions};
-  const CpuProblem problem{traits(kind).gates, z.steps,      z.batch,         scan.shape,
+  const CpuProblem problem{traits(kind).gates, z.steps,      z.batch,        scan.shape,
                            l.directions,       element_size, table.ragged(), backward};
   scan.plan = plan_cpu(problem, machine());
   return scan;
@@ -197,7 +197,9 @@ class Reduction {
   Tensor grouped(const Tensor& t) const {
     const int64_t rows = z_.batch / groups_;
     if (batch_first_) return t.reshape({groups_, rows * z_.steps, t.size(1)});
-    return t.reshape({z_.steps, groups_, rows, t.size(1)}).transpose(0, 1).reshape({groups_, z_.steps * rows, t.size(1)});
+    return t.reshape({z_.steps, groups_, rows, t.size(1)})
+        .transpose(0, 1)
+        .reshape({groups_, z_.steps * rows, t.size(1)});
   }
   const Sizes& z_;
   bool batch_first_;
@@ -220,8 +222,8 @@ struct DirectionGradients {
   Tensor recurrent_gates() const {
     if (cell.separate == 0) return grad_gates;
     const int64_t together = (cell.gates - cell.separate) * z.units;
-    return at::cat({grad_gates.narrow(1, 0, together),
-                    grad_gates.narrow(1, cell.gates * z.units, cell.separate * z.units)}, 1);
+    return at::cat(
+        {grad_gates.narrow(1, 0, together), grad_gates.narrow(1, cell.gates * z.units, cell.separate * z.units)}, 1);
   }
 };
 
@@ -261,9 +263,11 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   for (int d = 0; d < l.directions; ++d) {
     DirectionGradients g{cell, l, z, {}, {}, {}, {}, {}};
     // groups reduce over every row, so those that the scan does not visit have to be zero
-    g.grad_gates = valid && groups > 0 ? at::zeros({total, gate_columns}, options) : at::empty({total, gate_columns}, options);
+    g.grad_gates = valid && groups > 0 ? at::zeros({total, gate_columns}, options)
+                                       : at::empty({total, gate_columns}, options);
     if (l.projected) {
-      g.grad_projected = valid && groups > 0 ? at::zeros({total, z.outputs}, options) : at::empty({total, z.outputs}, options);
+      g.grad_projected = valid && groups > 0 ? at::zeros({total, z.outputs}, options)
+                                             : at::empty({total, z.outputs}, options);
       g.activation = reserve.select(0, d).view({total, reserve_columns}).narrow(1, cell.saved * z.units, z.units);
     }
     if (cell.carries_h || wants_weight(l.w_hh(d))) {
@@ -320,7 +324,8 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
     const DirectionGradients& g = each[d];
     const auto put = [&](int index, const Tensor& value) { result[first_weight + index] = value; };
     if (mask.get(0)) {
-      grad_x = d == 0 ? at::mm(g.input_gates(), weights[l.w_ih(d)]) : grad_x.addmm_(g.input_gates(), weights[l.w_ih(d)]);
+      grad_x = d == 0 ? at::mm(g.input_gates(), weights[l.w_ih(d)])
+                      : grad_x.addmm_(g.input_gates(), weights[l.w_ih(d)]);
     }
     if (wants_weight(l.w_ih(d))) put(l.w_ih(d), reduction.outer(g.input_gates(), x));
     const bool wants_b_hh = l.biases && wants_weight(l.b_hh(d));

@@ -35,7 +35,8 @@ RowTable::RowTable(int64_t steps, int64_t batch, const OptionalTensor& lengths, 
       total_ += size[t];
       std::fill_n(length, size[t], t + 1);
     }
-    TORCH_CHECK(steps == 0 || size[0] == batch, "batch_sizes should begin with the batch size ", batch, ", got ", size[0]);
+    TORCH_CHECK(steps == 0 || size[0] == batch, "batch_sizes should begin with the batch size ", batch, ", got ",
+                size[0]);
     ragged_ = batch > 0 && length[batch - 1] < steps;
     return;
   }

@@ -143,7 +143,12 @@ struct Problem {
   }
 
   Problem(unsigned seed, int64_t t, int64_t n, int64_t h, bool back, bool with_projection, bool ragged)
-      : steps(t), batch(n), inputs(3), units(h), outputs(with_projection ? (h + 1) / 2 : h), reverse(back),
+      : steps(t),
+        batch(n),
+        inputs(3),
+        units(h),
+        outputs(with_projection ? (h + 1) / 2 : h),
+        reverse(back),
         projected(with_projection) {
     Random r(seed);
     const int64_t gate_rows = Cell::kGates * units;
@@ -162,8 +167,11 @@ struct Problem {
       active.push_back(std::count_if(length.begin(), length.end(), [&](int64_t l) { return l > s; }));
     }
     for (int64_t i = 0; i < steps * batch; ++i) reset.push_back(ragged && r.below(4) == 0);
-    rows = {steps, batch, offset.data(), 1, active.data(), order.data(), length.data(),
-            reinterpret_cast<const bool*>(reset.data()), batch, 1};
+    rows = {steps,         batch,
+            offset.data(), 1,
+            active.data(), order.data(),
+            length.data(), reinterpret_cast<const bool*>(reset.data()),
+            batch,         1};
     project();
   }
 
@@ -211,8 +219,8 @@ struct Problem {
   // The plain loop, row by row and element by element.
   void check_against_loop() const {
     for (int64_t n = 0; n < batch; ++n) {
-      std::vector<T> h(h0.begin() + n * outputs, h0.begin() + (n + 1) * outputs), c(c0.begin() + n * units,
-                                                                                   c0.begin() + (n + 1) * units);
+      std::vector<T> h(h0.begin() + n * outputs, h0.begin() + (n + 1) * outputs),
+          c(c0.begin() + n * units, c0.begin() + (n + 1) * units);
       for (int64_t s = 0; s < length[n]; ++s) {
         const int64_t t = reverse ? length[n] - 1 - s : s, row = t * batch + n;
         const bool cut = reverse ? t + 1 < length[n] && reset[row + batch] : reset[row] != 0;
