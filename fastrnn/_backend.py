@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _ops, reference
 
 BACKENDS = ("auto", "native", "python")
 
@@ -52,6 +52,8 @@ def _load() -> None:
         ("reference_double_backward", reference.layer_double_backward),
     ):
         _library.impl(op, function, "CompositeImplicitAutograd")
+        _library.impl(op, function, "FuncTorchBatchedDecomposition")  # the same under vmap, whose tensors stay batched
+    _ops.register({cell: spec.states for cell, spec in reference.CELLS.items()})
     _native_ops = {cell: getattr(torch.ops.fastrnn, f"{cell}_layer").default for cell in reference.CELLS}
     native_cuda = bool(extension.build_info().get("cuda", False))
     native = extension
