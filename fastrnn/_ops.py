@@ -46,7 +46,7 @@ def _fold(tensor: Tensor | None, dim: int | None, size: int, at: int) -> Tensor 
 
 
 def _fold_all(tensors: Sequence[Any], dims: Sequence[int | None], size: int, at: Sequence[int]) -> list[Any]:
-    return [_fold(*each, size, place) for *each, place in zip(tensors, dims, at, strict=True)]
+    return [_fold(tensor, dim, size, place) for tensor, dim, place in zip(tensors, dims, at, strict=True)]
 
 
 def _unfold(tensor: Tensor, size: int, at: int) -> Tensor:

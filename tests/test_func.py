@@ -15,7 +15,7 @@ CELLS = {
     "gru": fastrnn.GRU,
 }
 STACKS = [{}, {"num_layers": 2, "bidirectional": True}, {"bidirectional": True, "bias": False, "batch_first": True}]
-T, N, I, H = 4, 3, 2, 3
+STEPS, BATCH, INPUTS, HIDDEN = 4, 3, 2, 3
 
 
 @pytest.fixture(autouse=True)
@@ -26,13 +26,13 @@ def _native():
 
 def build(cell, flags, seed=0):
     torch.manual_seed(seed)
-    net = CELLS[cell](I, H, dtype=torch.float64, **flags)
+    net = CELLS[cell](INPUTS, HIDDEN, dtype=torch.float64, **flags)
     return net, {name: value.detach() for name, value in net.named_parameters()}
 
 
-def inputs(flags, *lead, batch=N):
-    shape = (batch, T) if flags.get("batch_first") else (T, batch)
-    return torch.randn(*lead, *shape, I, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+def inputs(flags, *lead, batch=BATCH):
+    shape = (batch, STEPS) if flags.get("batch_first") else (STEPS, batch)
+    return torch.randn(*lead, *shape, INPUTS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
 def scalar(net, **options):
@@ -58,7 +58,7 @@ def both(function):
 
 def options(flags, which):
     lengths = torch.tensor([4, 0, 2])
-    reset = torch.zeros(T, N, dtype=torch.bool)
+    reset = torch.zeros(STEPS, BATCH, dtype=torch.bool)
     reset[0, 0] = reset[2, 2] = reset[3, 0] = True
     reset = reset.T.contiguous() if flags.get("batch_first") else reset
     return {"plain": {}, "features": {"lengths": lengths, "reset": reset}}[which]
@@ -161,14 +161,14 @@ def test_forward_ad(cell, flags):
 @pytest.mark.parametrize("cell", [fastrnn.RNNCell, fastrnn.LSTMCell, fastrnn.GRUCell])
 def test_cells(cell):
     torch.manual_seed(0)
-    net = cell(I, H, dtype=torch.float64)
+    net = cell(INPUTS, HIDDEN, dtype=torch.float64)
     parameters = {name: value.detach() for name, value in net.named_parameters()}
 
     def loss(parameters, x):
         state = functional_call(net, parameters, (x,))
         return (state[0] if isinstance(state, tuple) else state).square().sum()
 
-    x = torch.randn(5, N, I, dtype=torch.float64)
+    x = torch.randn(5, BATCH, INPUTS, dtype=torch.float64)
     both(lambda: vmap(grad(loss, argnums=(0, 1)), in_dims=(None, 0))(parameters, x))
     both(lambda: hessian(loss, argnums=1)(parameters, x[0]))
 

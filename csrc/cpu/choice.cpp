@@ -4,9 +4,6 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#include "core/cells/gru.h"
-#include "core/cells/lstm.h"
-#include "core/cells/rnn.h"
 #include "cpu/kernels.h"
 
 namespace fastrnn {
@@ -25,8 +22,7 @@ constexpr CellTraits traits_of() {
 }
 
 template <class... Cells>
-const CellTraits& traits_among(CellKind kind) {
-  static_assert(sizeof...(Cells) == kCellKinds);
+const CellTraits& traits_among(CellKind kind, CellList<Cells...>) {
   static constexpr CellTraits kTraits[] = {traits_of<Cells>()...};
   return kTraits[static_cast<int>(kind)];
 }
@@ -51,9 +47,7 @@ const CpuKernels& choose() {
 
 }  // namespace
 
-const CellTraits& traits(CellKind kind) {
-  return traits_among<RnnCell<Tanh>, RnnCell<Relu>, LstmCell<>, GruCell<>>(kind);
-}
+const CellTraits& traits(CellKind kind) { return traits_among(kind, AllCells()); }
 
 const CpuKernels& cpu_kernels() {
   static const CpuKernels& kernels = choose();

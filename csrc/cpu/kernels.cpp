@@ -1,9 +1,6 @@
-// The instantiations, compiled once per ISA (see CMakeLists.txt): a cell is one line here.
+// The instantiations of every cell, compiled once per ISA (see CMakeLists.txt).
 #include "cpu/kernels.h"
 
-#include "core/cells/gru.h"
-#include "core/cells/lstm.h"
-#include "core/cells/rnn.h"
 #include "cpu/scan_backward.h"
 #include "cpu/scan_forward.h"
 
@@ -17,16 +14,14 @@ constexpr ScanKernels<T> scan_kernels() {
 }
 
 template <class... Cells>
-constexpr CpuKernels cpu_kernels_of(const char* name) {
-  static_assert(sizeof...(Cells) == kCellKinds);
+constexpr CpuKernels cpu_kernels_of(const char* name, CellList<Cells...>) {
   return {name, {scan_kernels<Cells, float>()...}, {scan_kernels<Cells, double>()...}};
 }
 
 }  // namespace CPU_CAPABILITY
 
-// FASTRNN_KERNELS: kernels_avx512, kernels_avx2 or kernels_default. In the order of CellKind.
+// FASTRNN_KERNELS: kernels_avx512, kernels_avx2 or kernels_default.
 extern const CpuKernels FASTRNN_KERNELS;
-const CpuKernels FASTRNN_KERNELS = cpu_kernels_of<RnnCell<Tanh>, RnnCell<Relu>, LstmCell<>, GruCell<>>(
-    FASTRNN_KERNELS_NAME);
+const CpuKernels FASTRNN_KERNELS = cpu_kernels_of(FASTRNN_KERNELS_NAME, AllCells());
 
 }  // namespace fastrnn

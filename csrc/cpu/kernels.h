@@ -3,13 +3,11 @@
 
 #include <string>
 
+#include "core/cells/all.h"
 #include "core/params.h"
 #include "core/plan.h"
 
 namespace fastrnn {
-
-enum class CellKind { kRnnTanh, kRnnRelu, kLstm, kGru };
-inline constexpr int kCellKinds = 4;
 
 // What the rest of the library must know of a cell.
 struct CellTraits {

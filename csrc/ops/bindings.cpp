@@ -30,7 +30,9 @@ CellKind kind_of(const std::string& cell) {
   for (int kind = 0; kind < kCellKinds; ++kind) {
     if (cell == kCellNames[kind]) return static_cast<CellKind>(kind);
   }
-  throw py::value_error("cell should be 'rnn_tanh', 'rnn_relu', 'lstm' or 'gru', got '" + cell + "'");
+  std::string names;
+  for (const char* name : kCellNames) names += (names.empty() ? "'" : ", '") + std::string(name) + "'";
+  throw py::value_error("cell should be one of " + names + ", got '" + cell + "'");
 }
 
 py::dict plan(const std::string& cell, int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size,

@@ -8,6 +8,7 @@
 
 #include <optional>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -21,8 +22,6 @@ using OptionalTensor = std::optional<Tensor>;
 using OptionalTensors = c10::List<OptionalTensor>;
 using Mask = c10::List<bool>;
 
-// In the order of CellKind; the names of the ops begin with them.
-inline constexpr const char* kCellNames[kCellKinds] = {"rnn_tanh", "rnn_relu", "lstm", "gru"};
 inline const char* name_of(CellKind kind) { return kCellNames[static_cast<int>(kind)]; }
 
 // {cell}_layer: input, hx, weights, lengths, reset, batch_sizes, bidirectional, batch_first, need_steps, need_reserve
@@ -52,10 +51,9 @@ const c10::TypedOperatorHandle<ReferenceDoubleBackwardFunction>& reference_doubl
 // Calls f.template operator()<kind>() for every cell: how per-cell kernels are registered.
 template <class F>
 void for_each_cell(const F& f) {
-  f.template operator()<CellKind::kRnnTanh>();
-  f.template operator()<CellKind::kRnnRelu>();
-  f.template operator()<CellKind::kLstm>();
-  f.template operator()<CellKind::kGru>();
+  [&]<int... kind>(std::integer_sequence<int, kind...>) {
+    (f.template operator()<static_cast<CellKind>(kind)>(), ...);
+  }(std::make_integer_sequence<int, kCellKinds>());
 }
 
 inline Tensor or_undefined(const OptionalTensor& t) { return t.has_value() ? *t : Tensor(); }
