@@ -58,8 +58,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
     if (info["load"] or 0.0) > 0.5:
         console.print(
-            f"This machine is busy with other work (load {info['load']:.1f}): threads that wait for each other are held "
-            "up by it, and ratios are unreliable.",
+            f"This machine is busy with other work (load {info['load']:.1f}): threads that wait for each other are "
+            "held up by it, and ratios are unreliable.",
             style="yellow",
         )
 

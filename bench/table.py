@@ -106,7 +106,9 @@ def show(rows: Sequence[Row], console: Console) -> None:
                 table.add_row("", f"  {name}", *blanks, _milliseconds(row, name), "", f"{ratio:.2f}  ", style="dim")
         console.print(table)
     if few := sum(row.rounds < timing.MIN_ROUNDS for row in rows):
-        console.print(f"{few} rows had time for fewer than {timing.MIN_ROUNDS} rounds: do not rely on their ratios.")
+        console.print(
+            f"{few} rows had time for fewer than {timing.MIN_ROUNDS} rounds: do not rely on them, or on the geomeans."
+        )
     console.print("Ratio: time of torch.nn over time of fastrnn; above 1, fastrnn is faster.", style="dim")
     for cell, means in report.summary(rows).items():
         modes = ", ".join(f"{mode} {means[mode]:.2f}" for mode in MODES if mode in means)
