@@ -56,6 +56,13 @@ def run(options: argparse.Namespace, console: Console) -> None:
     console.print(f"{info['cpu']}, {info['cores']} cores, {info['threads']} threads; torch {info['torch']}")
     console.print(f"fastrnn {info['fastrnn']}, commit {info['commit']}: {info['build_info']}", style="dim")
 
+    if (info["load"] or 0.0) > 0.5:
+        console.print(
+            f"This machine is busy with other work (load {info['load']:.1f}): threads that wait for each other are "
+            "held up by it, and ratios are unreliable.",
+            style="yellow",
+        )
+
     language_model = None
     if options.what in ("all", "charlm"):
         settings = charlm.Settings.quick() if options.quick else charlm.Settings()

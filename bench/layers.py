@@ -197,7 +197,7 @@ def variants(problem: Problem) -> list[TrainableVariant]:
     return [_plain("torch", reference, problem), _plain("fastrnn", module, problem)]
 
 
-def check(problem: Problem, runs: Sequence[Any], mode: str) -> None:
+def check(problem: Problem, runs: Sequence[Variant], mode: str) -> None:
     """Run every variant once and compare outputs, and in training the gradients of input and weights.
 
     Raises
@@ -208,13 +208,15 @@ def check(problem: Problem, runs: Sequence[Any], mode: str) -> None:
     results = {}
     for run in runs:
         if mode == "training":
+            assert isinstance(run, TrainableVariant), f"{run.name} is for inference only"
             results[run.name] = run.gradients()
         else:
             with torch.inference_mode():
                 results[run.name] = {"output": run.rows(run.forward())}
     for run in runs:
         for name, expected in results[run.expected].items():
-            actual = results[run.name][name]
+            if (actual := results[run.name].get(name)) is None:
+                raise DisagreementError(f"{problem.cell} {problem.case.name} {mode}: {run.name} gives no {name}")
             scale = expected.abs().max().item()
             error = (actual.float() - expected.float()).abs().max().item() / (scale or 1.0)
             if not error <= TOLERANCES[problem.dtype]:  # so written, NaN is an error

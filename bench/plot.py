@@ -20,6 +20,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from bench.cases import MODES
 from bench.layers import Row
 from bench.report import by_cell, geomean
+from bench.timing import MIN_ROUNDS
 
 COLOURS = {"inference": "#2a78b5", "training": "#e08a1e"}
 SLOWER = "#c0282d"
@@ -57,7 +58,11 @@ def plot_ratios(rows: Sequence[Row], info: dict[str, Any], path: Path) -> None:
     handles: list[Any] = [Patch(color=COLOURS[mode], label=mode) for mode in MODES]
     handles.append(Patch(facecolor="white", edgecolor=SLOWER, hatch="////", label="slower than torch.nn"))
     handles.append(Line2D([], [], color="#444444", linestyle=":", label="geometric mean"))
-    figure.legend(handles=handles, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.965), frameon=False, fontsize=10)
+    if any(row.rounds < MIN_ROUNDS for row in rows):
+        handles.append(Line2D([], [], linestyle="none", label="?  too few rounds to rely on"))
+    figure.legend(
+        handles=handles, loc="upper center", ncols=len(handles), bbox_to_anchor=(0.5, 0.965), frameon=False, fontsize=10
+    )
     figure.tight_layout(rect=(0, 0, 1, 0.955))
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -70,7 +75,7 @@ def _panel(axes: Axes, cell: str, group: Sequence[Row], cases: Sequence[str]) ->
         style: dict[str, Any] = {"edgecolor": SLOWER, "hatch": "////", "linewidth": 0.8} if row.regression else {}
         axes.barh(place, row.ratio - 1, left=1, height=BAR, color=COLOURS[row.mode], **style)
         axes.annotate(
-            f"{row.ratio:.2f}" if row.ratio < 10 else f"{row.ratio:.1f}",
+            (f"{row.ratio:.2f}" if row.ratio < 10 else f"{row.ratio:.1f}") + (" ?" if row.rounds < MIN_ROUNDS else ""),
             (max(row.ratio, 1.0), place),
             xytext=(3, 0),
             textcoords="offset points",

@@ -18,6 +18,7 @@ import torch
 from bench import charlm
 from bench.cases import CASES, CELLS, MODES
 from bench.layers import Row, load_fastrnn
+from bench.timing import MIN_ROUNDS
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path(__file__).resolve().parent / "out"
@@ -30,6 +31,7 @@ def machine() -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # of the last minute, in processes
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -116,6 +118,11 @@ def to_markdown(rows: Sequence[Row], info: dict[str, Any], language_model: charl
         "Ratio: time of torch.nn over time of fastrnn, fastest samples, both timed in turn in one process; above 1, "
         "fastrnn is faster. *Paired*: the median over the rounds. ▼ marks what is slower than torch.nn.",
     ]
+    if few := sum(row.rounds < MIN_ROUNDS for row in rows):
+        lines += [
+            "",
+            f"{few} rows had time for fewer than {MIN_ROUNDS} rounds: do not rely on them, or on the geomeans.",
+        ]
     if language_model:
         lines += [
             "",

@@ -139,7 +139,8 @@ def compare(
     clock : Clock
         The default is the host's clock; see `clock_for`.
     limit : float
-        Seconds after which `FEWEST_ROUNDS` are enough: what a very long call may take of a run that must end in time.
+        Seconds after which `FEWEST_ROUNDS` are enough, and after twice as many a single one: what a very long call
+        may take of a run that must end in time.
     min_rounds, max_rounds : int
         Bounds on the number of rounds.
     min_sample : float
@@ -157,6 +158,8 @@ def compare(
             if comparison.rounds >= min_rounds and end > budget:
                 break
             if comparison.rounds >= FEWEST_ROUNDS and end > limit:
+                break
+            if comparison.rounds >= 1 and end > 2 * limit:
                 break
             for name, function in functions.items():
                 calls, lead_in = plans[name]
