@@ -23,13 +23,11 @@ template <class N>
 auto make_node() {
   return c10::make_intrusive<N>();
 }
-inline auto self(ag::Node* node) { return node->getptr(); }
 #else
 template <class N>
 auto make_node() {
   return std::shared_ptr<N>(new N(), ag::deleteNode);
 }
-inline auto self(ag::Node* node) { return node->getptr(); }
 #endif
 
 // The arguments that have a gradient, as one list: input, hx, weights.
@@ -181,7 +179,7 @@ struct LayerBackward : public ag::Node {  // edges: input, hx, weights
                                  .call(as_optional(grads), all[0], hx_of(all, layer.states),
                                        weights_of(all, layer.states), or_none(layer.lengths.unpack()),
                                        or_none(layer.reset.unpack()), or_none(layer.batch_sizes.unpack()),
-                                       output.unpack(self(this)), reserve.unpack(), layer.bidirectional,
+                                       output.unpack(getptr()), reserve.unpack(), layer.bidirectional,
                                        layer.batch_first, as_mask(mask), 0);
     for (size_t i = 0; i < result.size(); ++i) {
       if (mask[i]) result[i] = computed[i];
