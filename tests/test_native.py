@@ -180,3 +180,53 @@ def test_forward_mode(case, native):
     _, along = torch.func.jvp(lambda x: net(x, hx)[0].square().sum(), (input,), (tangent,))
     gradient = torch.func.grad(lambda x: net(x, hx)[0].square().sum())(input)
     torch.testing.assert_close(along, (gradient * tangent).sum())
+
+
+@pytest.mark.parametrize("cell", [fastrnn.RNN, fastrnn.LSTM, fastrnn.GRU])
+def test_compiled_autograd(cell):
+    torch.manual_seed(0)
+    net = cell(4, 6, num_layers=2, bidirectional=True)
+    input = torch.randn(3, 2, 4)
+    expected = torch.autograd.grad(net(input)[0].square().sum(), list(net.parameters()))
+    loss = net(input)[0].square().sum()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        loss.backward()
+    for parameter, grad in zip(net.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, grad)
+
+
+def test_backward_op_refuses_rows_that_do_not_add_up():
+    weights = [torch.randn(5, 4), torch.randn(5, 5)]
+    h0 = torch.zeros(1, 3, 5)
+    sizes = torch.tensor([3, 2])
+    flags = (False, False)
+    output, _, reserve = torch.ops.fastrnn.rnn_tanh_layer(
+        torch.randn(5, 4), [h0], weights, None, None, sizes, *flags, False, True
+    )
+    with pytest.raises(RuntimeError, match="Expected batch_sizes to add up to 5 rows, got 600"):
+        torch.ops.fastrnn.rnn_tanh_layer_backward(
+            [output, None],
+            torch.randn(5, 4),
+            [h0],
+            weights,
+            None,
+            None,
+            torch.full((200,), 3),
+            output,
+            reserve,
+            *flags,
+            [True] * 4,
+            0,
+        )
+
+
+@pytest.mark.parametrize("groups", [-1, 3])
+def test_backward_op_refuses_groups_that_do_not_divide_the_batch(groups):
+    weights = [torch.randn(5, 4), torch.randn(5, 5)]
+    input = torch.randn(2, 4, 4)
+    output, _, reserve = torch.ops.fastrnn.rnn_tanh_layer(
+        input, [], weights, None, None, None, False, False, False, True
+    )
+    arguments = ([output, None], input, [], weights, None, None, None, output, reserve, False, False, [True] * 3)
+    with pytest.raises(RuntimeError, match=r"Expected (groups|the batch) to be"):
+        torch.ops.fastrnn.rnn_tanh_layer_backward(*arguments, groups)

@@ -18,8 +18,8 @@ struct Math {
   static FASTRNN_INLINE V sigmoid(V x) { return V(1) / (V(1) + std::exp(-x)); }
   static FASTRNN_INLINE V tanh(V x) { return std::tanh(x); }
   static FASTRNN_INLINE V relu(V x) { return x < V(0) ? V(0) : x; }  // NaN stays NaN
-  // 1 where y > 0, else 0
-  static FASTRNN_INLINE V positive(V y) { return y > V(0) ? V(1) : V(0); }
+  // 0 where y <= 0, else 1: like torch, a NaN lets the gradient through
+  static FASTRNN_INLINE V positive(V y) { return y <= V(0) ? V(0) : V(1); }
 };
 
 // An activation is a function and its derivative, the latter from the function's output: all that backward has.

@@ -48,36 +48,36 @@ class alignas(128) Barrier {
   alignas(128) std::atomic<int> phase_{0};
 };
 
-// Denormals slow a step twenty times: workers take over what torch.set_flush_denormal set in the calling thread.
+// Denormals slow a step twenty times: workers take over what torch.set_flush_denormal, which knows x86 only, set in the
+// calling thread.
 class DenormalMode {
  public:
   static unsigned current() {
 #if defined(__SSE__)
-    return _mm_getcsr();
+    return _mm_getcsr() & kFlushAndZero;
 #else
     return 0;
 #endif
   }
-  explicit DenormalMode([[maybe_unused]] unsigned mode) : before_(current()) {
-#if defined(__SSE__)
-    _mm_setcsr(mode);
-#endif
-  }
-  ~DenormalMode() {
-#if defined(__SSE__)
-    _mm_setcsr(before_);
-#endif
-  }
+  explicit DenormalMode(unsigned mode) : before_(current()) { set(mode); }
+  ~DenormalMode() { set(before_); }
   DenormalMode(const DenormalMode&) = delete;
   DenormalMode& operator=(const DenormalMode&) = delete;
 
  private:
+  static constexpr unsigned kFlushAndZero = 0x8040;  // FTZ and DAZ of MXCSR
+  static void set([[maybe_unused]] unsigned mode) {
+#if defined(__SSE__)
+    _mm_setcsr((_mm_getcsr() & ~kFlushAndZero) | mode);
+#endif
+  }
   unsigned before_;
 };
 
 // Calls body(member, members) once per member. Members may wait for each other, so they must run at the same time, and
-// at::parallel_for does not promise that: it may hand several ranges to one thread. So the ranges gather first. If all
-// are there, they are the team; if some are missing after a while, the first to notice runs body(0, 1) alone.
+// at::parallel_for does not promise that: it may hand several ranges to one thread. So the ranges gather first, and those
+// that came are the team. Under OpenMP every range has begun once one has; a thread pool may run them one after the
+// other: if some are missing after a while, the first to notice runs body(0, 1) alone.
 template <class Body>
 void run_team(int threads, const Body& body) {
   if (threads <= 1 || at::in_parallel_region()) {
@@ -95,8 +95,13 @@ void run_team(int threads, const Body& body) {
     if (covered.fetch_add(span) + span == threads) {
       verdict.compare_exchange_strong(expected, kTogether);
     } else {
+#if AT_PARALLEL_OPENMP
+      const auto late = [] { return false; };
+#else
       const auto deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(50);
-      spin_until([&] { return verdict.load() != kOpen || std::chrono::steady_clock::now() > deadline; });
+      const auto late = [&] { return std::chrono::steady_clock::now() > deadline; };
+#endif
+      spin_until([&] { return verdict.load() != kOpen || late(); });
       verdict.compare_exchange_strong(expected, kAlone);
     }
     const DenormalMode guard(mode);

@@ -33,15 +33,15 @@ FASTRNN_INLINE void store(T* p, Vec<T> v, int64_t count) {
   }
 }
 
-}  // namespace CPU_CAPABILITY
-
 // What vectors of both types share.
 template <class T>
 struct VecMath {
   using V = Vec<T>;
   static FASTRNN_INLINE V relu(V x) { return at::vec::maximum(x, V(0)); }  // NaN stays NaN
-  static FASTRNN_INLINE V positive(V y) { return V::blendv(V(0), V(1), y > V(0)); }
+  static FASTRNN_INLINE V positive(V y) { return V::blendv(V(1), V(0), y <= V(0)); }
 };
+
+}  // namespace CPU_CAPABILITY
 
 template <>
 struct Math<Vec<double>> : VecMath<double> {

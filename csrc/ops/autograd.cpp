@@ -2,13 +2,13 @@
 // autograd::Function refuses torch.func, register_autograd drops forward-mode tangents.
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros_like.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
+
+#include <algorithm>
 
 #include "ops/checks.h"
 
@@ -59,19 +59,13 @@ Mask as_mask(const std::vector<bool>& values) {
   return mask;
 }
 
-bool any_requires_grad(const Tensors& tensors) {
-  if (!ag::GradMode::is_enabled()) return false;
-  for (const Tensor& t : tensors) {
-    if (t.defined() && t.requires_grad()) return true;
-  }
-  return false;
+bool any_requires_grad(TensorList tensors) {
+  return ag::GradMode::is_enabled() &&
+         std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.defined() && t.requires_grad(); });
 }
 
-bool any_has_tangent(const Tensors& tensors) {
-  for (const Tensor& t : tensors) {
-    if (ag::isFwGradDefined(t)) return true;
-  }
-  return false;
+bool any_has_tangent(TensorList tensors) {
+  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return ag::isFwGradDefined(t); });
 }
 
 // What both nodes keep: everything that they need to call an op with the arguments of the layer once more.
@@ -106,6 +100,14 @@ struct SavedLayer {
     reset.reset_data();
     batch_sizes.reset_data();
   }
+  // for torch's compiled autograd, which traces through the nodes
+  void collect(torch::dynamo::autograd::CompiledNodeArgs& args) const {
+    const_cast<SavedLayer*>(this)->each_variable([&](const ag::SavedVariable& v) { args.collect(v, false); });
+    args.collect(bidirectional);
+    args.collect(batch_first);
+    args.collect(static_cast<int64_t>(states));
+    args.collect(static_cast<int64_t>(kind));
+  }
   template <class F>
   void each_variable(const F& f) {
     for (ag::SavedVariable& v : inputs) f(v);
@@ -119,7 +121,8 @@ struct SavedLayer {
 TensorList hx_of(const Tensors& all, size_t states) { return TensorList(all).slice(1, states); }
 TensorList weights_of(const Tensors& all, size_t states) { return TensorList(all).slice(1 + states); }
 
-struct LayerDoubleBackward : public ag::Node {  // edges: grad_outputs, input, hx, weights
+// Edges: grad_outputs, input, hx, weights. Not for compiled autograd, which refuses the autograd call in the reference.
+struct LayerDoubleBackward : public ag::Node {
   SavedLayer layer;
   std::vector<ag::SavedVariable> grad_outputs;
   std::vector<bool> mask;
@@ -195,15 +198,10 @@ struct LayerBackward : public ag::Node {  // edges: input, hx, weights
   }
   std::string name() const override { return "RecurrentLayerBackward"; }
 
-  // torch's compiled autograd traces through these two
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    const_cast<SavedLayer&>(layer).each_variable([&](const ag::SavedVariable& v) { args.collect(v, false); });
+    layer.collect(args);
     args.collect(output, true);
     args.collect(reserve, false);
-    args.collect(layer.bidirectional);
-    args.collect(layer.batch_first);
-    args.collect(static_cast<int64_t>(layer.states));
-    args.collect(static_cast<int64_t>(layer.kind));
   }
   ag::variable_list apply_with_saved(const ag::variable_list& grads,
                                      torch::dynamo::autograd::SwapSavedVariables& saved) override {
@@ -222,8 +220,8 @@ template <CellKind kind>
 Tensors layer_autograd(c10::DispatchKeySet keys, const Tensor& input, TensorList hx, TensorList weights,
                        const OptionalTensor& lengths, const OptionalTensor& reset, const OptionalTensor& batch_sizes,
                        bool bidirectional, bool batch_first, bool need_steps, bool need_reserve) {
-  const Tensors all = differentiable(input, hx, weights);
-  if (C10_UNLIKELY(any_has_tangent(all))) {  // forward-mode AD: by the reference, whose ops know their tangents
+  if (C10_UNLIKELY(any_has_tangent(input) || any_has_tangent(hx) ||
+                   any_has_tangent(weights))) {  // forward-mode AD: by the reference, whose ops know their tangents
     Tensors result = reference_op().call(name_of(kind), input, hx, weights, lengths, reset, batch_sizes, bidirectional,
                                          batch_first, need_steps);
     const Layout l = check_layer(kind, input, hx, weights, lengths, reset, batch_sizes, bidirectional, batch_first);
@@ -232,10 +230,10 @@ Tensors layer_autograd(c10::DispatchKeySet keys, const Tensor& input, TensorList
       shape = l.by_rows(input, {l.units * l.reserve_columns_in_units(kind)});
       shape.insert(shape.begin(), l.directions);
     }
-    result.push_back(at::empty_symint(shape, input.options()));
+    result.push_back(at::empty_symint(shape, input.options().dtype(accumulate_type(input))));
     return result;
   }
-  const bool requires_grad = any_requires_grad(all);
+  const bool requires_grad = any_requires_grad(input) || any_requires_grad(hx) || any_requires_grad(weights);
   Tensors result;
   {
     const at::AutoDispatchBelowADInplaceOrView guard;
@@ -244,6 +242,7 @@ Tensors layer_autograd(c10::DispatchKeySet keys, const Tensor& input, TensorList
                                        need_reserve || requires_grad);
   }
   if (requires_grad) {
+    const Tensors all = differentiable(input, hx, weights);
     auto node = make_node<LayerBackward>();
     node->set_next_edges(ag::collect_next_edges(all));
     node->layer.save(kind, all, hx.size(), lengths, reset, batch_sizes, bidirectional, batch_first);

@@ -36,7 +36,7 @@ CellKind kind_of(const std::string& cell) {
 }
 
 py::dict plan(const std::string& cell, int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size,
-              int64_t proj_size, int directions, int element_size, bool training, int threads) {
+              int64_t proj_size, int directions, int element_size, bool training, int threads, bool ragged) {
   const bool projected = proj_size > 0;
   const CpuProblem problem{
       .gates = traits(kind_of(cell)).gates,
@@ -45,6 +45,7 @@ py::dict plan(const std::string& cell, int64_t steps, int64_t batch, int64_t inp
       .shape = {input_size, hidden_size, projected ? proj_size : hidden_size, projected},
       .directions = directions,
       .element_size = element_size,
+      .ragged = ragged,
       .backward = false,
   };
   const CpuMachine machine{threads, l2_cache_bytes()};
@@ -72,10 +73,9 @@ py::dict plan(const std::string& cell, int64_t steps, int64_t batch, int64_t inp
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace fastrnn;
   m.doc() = "The native core of fastrnn.";
-  cpu_kernels();  // a wrong FASTRNN_CPU_CAPABILITY is an error now, not in the first call
   m.def("build_info", &build_info);
   m.def("cpu_capability", [] { return cpu_kernels().name; });
   m.def("plan", &plan, py::arg("cell"), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("directions") = 1, py::arg("element_size") = 4,
-        py::arg("training") = false, py::arg("threads") = 1);
+        py::arg("training") = false, py::arg("threads") = 1, py::arg("ragged") = false);
 }

@@ -17,20 +17,20 @@ void check_shape(const Tensor& t, const char* name, c10::ArrayRef<SymInt> shape)
   }
 }
 
-void check_like_input(const Tensor& t, const Tensor& input, const char* what, const char* name) {
+void check_like_input(const Tensor& t, const Tensor& input, const char* what) {
   TORCH_CHECK(t.device() == input.device(), "Input and ", what,
               " tensors are not at the same device, found input tensor at ", input.device(), " and ", what,
               " tensor at ", t.device());
   TORCH_CHECK(t.scalar_type() == input.scalar_type(), "Input and ", what,
-              " tensors are not the same dtype, found input tensor with ", input.scalar_type(), " and ", name, " with ",
-              t.scalar_type());
+              " tensors are not the same dtype, found input tensor with ", input.scalar_type(), " and ", what,
+              " tensor with ", t.scalar_type());
 }
 
 void check_weights(const CellTraits& cell, const Layout& l, const Tensor& input, TensorList weights) {
   const SymInt rows = l.units * cell.gates;
   for (int d = 0; d < l.directions; ++d) {
     const auto check = [&](int index, const char* name, std::initializer_list<SymInt> shape) {
-      check_like_input(weights[index], input, "parameter", name);
+      check_like_input(weights[index], input, "parameter");
       check_shape(weights[index], name, c10::ArrayRef<SymInt>(shape.begin(), shape.size()));
     };
     check(l.w_ih(d), "w_ih", {rows, l.inputs});
@@ -89,14 +89,15 @@ Layout check_layer(CellKind kind, const Tensor& input, TensorList hx, TensorList
   TORCH_CHECK(hx.empty() || hx.size() == static_cast<size_t>(cell.states), "Expected ", cell.states,
               " initial states or none, got ", hx.size());
   for (const Tensor& w : weights) TORCH_CHECK(w.defined(), "Expected weights, got an undefined tensor");
+  for (const Tensor& h : hx) TORCH_CHECK(h.defined(), "Expected initial states, got an undefined tensor");
 
   const int64_t dims = l.packed ? 2 : 3;
   TORCH_CHECK(input.dim() == dims, "input must have ", dims, " dimensions, got ", input.dim());
   TORCH_CHECK(weights[0].dim() == 2 && weights[1].dim() == 2, "Expected w_ih and w_hh to be 2-D, got ",
               weights[0].dim(), "-D and ", weights[1].dim(), "-D");
   l.inputs = weights[0].sym_size(1);
-  l.outputs = weights[1].sym_size(1);
-  l.units = l.projected ? weights[l.w_hr(0)].sym_size(-1) : l.outputs;
+  l.units = weights[1].sym_size(0) / cell.gates;
+  l.outputs = l.projected ? weights[l.w_hr(0)].sym_size(0) : l.units;
   TORCH_SYM_CHECK(input.sym_size(-1).sym_eq(l.inputs), "input.size(-1) must be equal to input_size. Expected ",
                   l.inputs, ", got ", input.sym_size(-1));
   check_weights(cell, l, input, weights);
@@ -117,7 +118,7 @@ Layout check_layer(CellKind kind, const Tensor& input, TensorList hx, TensorList
   }
   TORCH_SYM_CHECK(l.steps.sym_gt(0), "Expected sequence length to be larger than 0 in RNN");
   for (size_t s = 0; s < hx.size(); ++s) {
-    check_like_input(hx[s], input, "hidden", s == 0 ? "h0" : "c0");
+    check_like_input(hx[s], input, "hidden");
     const SymInt shape[] = {l.directions, l.batch, s == 0 ? l.outputs : l.units};
     check_shape(hx[s], s == 0 ? "h0" : "c0", shape);
   }
@@ -140,6 +141,16 @@ Layout check_backward(CellKind kind, const OptionalTensors& grad_outputs, const 
   std::vector<SymInt> shape = l.by_rows(input, {l.units * l.reserve_columns_in_units(kind)});
   shape.insert(shape.begin(), l.directions);
   check_shape(reserve, "reserve", shape);
+  TORCH_SYM_CHECK(groups.sym_ge(0), "Expected groups to be at least 0, got ", groups);
+  const bool grouped = groups.maybe_as_int() != std::optional<int64_t>(0);
+  TORCH_CHECK(!grouped || !l.packed, "groups needs a padded input");
+  if (grouped) TORCH_SYM_CHECK((l.batch % groups).sym_eq(0), "Expected the batch to be ", groups, " equal groups");
+  return l;
+}
+
+void check_grad_outputs(CellKind kind, const Layout& l, const OptionalTensors& grad_outputs, const Tensor& input,
+                        const Tensor& output) {
+  const CellTraits& cell = traits(kind);
   const auto check_grad = [&](size_t i, c10::ArrayRef<SymInt> expected) {
     const OptionalTensor grad = grad_outputs.get(i);
     if (!grad.has_value() || !grad->defined()) return;
@@ -152,9 +163,8 @@ Layout check_backward(CellKind kind, const OptionalTensors& grad_outputs, const 
     const SymInt state[] = {l.directions, l.batch, s == 0 ? l.outputs : l.units};
     check_grad(1 + s, state);
   }
-  for (size_t i = least; i < grad_outputs.size(); ++i) check_grad(i, l.by_rows(input, {l.units * l.directions}));
-  TORCH_CHECK(groups.maybe_as_int() == std::optional<int64_t>(0) || !l.packed, "groups needs a padded input");
-  return l;
+  for (size_t i = 1 + cell.states; i < grad_outputs.size(); ++i)
+    check_grad(i, l.by_rows(input, {l.units * l.directions}));
 }
 
 }  // namespace fastrnn

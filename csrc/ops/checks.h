@@ -41,4 +41,9 @@ Layout check_backward(CellKind kind, const OptionalTensors& grad_outputs, const 
                       const OptionalTensor& batch_sizes, const Tensor& output, const Tensor& reserve,
                       bool bidirectional, bool batch_first, const Mask& mask, const c10::SymInt& groups);
 
+// Shapes of the incoming gradients. Apart from the rest, because no shape of a result depends on them, and compiled
+// autograd traces with placeholders in their place.
+void check_grad_outputs(CellKind kind, const Layout& layout, const OptionalTensors& grad_outputs, const Tensor& input,
+                        const Tensor& output);
+
 }  // namespace fastrnn

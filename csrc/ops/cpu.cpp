@@ -6,9 +6,10 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
+#include <pthread.h>
 #include <torch/library.h>
-#include <unistd.h>
 
+#include <atomic>
 #include <cstring>
 
 #include "ops/checks.h"
@@ -18,10 +19,11 @@ namespace fastrnn {
 namespace {
 
 // Threads of OpenMP do not survive a fork: a child that calls them would wait forever.
-const pid_t kLoadedIn = getpid();
+std::atomic<bool> forked{false};
+[[maybe_unused]] const int kForkHandler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 CpuMachine machine() {
-  const bool serial = at::in_parallel_region() || getpid() != kLoadedIn;
+  const bool serial = at::in_parallel_region() || forked;
   return {serial ? 1 : at::get_num_threads(), l2_cache_bytes()};
 }
 
@@ -166,7 +168,7 @@ Tensor previous_outputs(const Rows& rows, int64_t total, const Tensor& output, i
   const T* initial = data<T>(h0);
   constexpr int64_t kElementsWorthAThread = 32768;
   const int64_t grain = std::max<int64_t>(1, kElementsWorthAThread / std::max<int64_t>(1, rows.batch * width));
-  at::parallel_for(0, rows.steps, grain, [&](int64_t begin, int64_t end) {
+  const auto copy_steps = [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       for (int64_t i = 0; i < rows.active[t]; ++i) {
         const int64_t n = rows.order[i];
@@ -176,7 +178,12 @@ Tensor previous_outputs(const Rows& rows, int64_t total, const Tensor& output, i
         if (source != nullptr) std::memcpy(to + rows.row(t, n) * width, source, width * sizeof(T));
       }
     }
-  });
+  };
+  if (machine().threads == 1) {
+    copy_steps(0, rows.steps);
+  } else {
+    at::parallel_for(0, rows.steps, grain, copy_steps);
+  }
   return previous;
 }
 
@@ -379,9 +386,7 @@ Tensors layer(const Tensor& input, TensorList hx, TensorList weights, const Opti
               const OptionalTensor& reset, const OptionalTensor& batch_sizes, bool bidirectional, bool batch_first,
               bool need_steps, bool need_reserve) {
   const Layout l = check_layer(kind, input, hx, weights, lengths, reset, batch_sizes, bidirectional, batch_first);
-  const RowTable table(l.steps.expect_int(), l.batch.expect_int(), lengths, reset, batch_sizes, batch_first);
-  TORCH_CHECK(!l.packed || input.size(0) == table.total(), "Expected batch_sizes to add up to ", input.size(0),
-              " rows, got ", table.total());
+  const RowTable table(l, input, lengths, reset, batch_sizes, batch_first);
   return with_type(input, [&](auto zero) {
     using T = decltype(zero);
     constexpr auto type = c10::CppTypeToScalarType<T>::value;
@@ -399,9 +404,9 @@ Tensors layer_backward(const OptionalTensors& grad_outputs, const Tensor& input,
                        const Mask& mask, c10::SymInt symbolic_groups) {
   const Layout l = check_backward(kind, grad_outputs, input, hx, weights, lengths, reset, batch_sizes, output, reserve,
                                   bidirectional, batch_first, mask, symbolic_groups);
-  const RowTable table(l.steps.expect_int(), l.batch.expect_int(), lengths, reset, batch_sizes, batch_first);
+  const RowTable table(l, input, lengths, reset, batch_sizes, batch_first);
+  check_grad_outputs(kind, l, grad_outputs, input, output);
   const int64_t groups = symbolic_groups.expect_int();
-  TORCH_CHECK(groups == 0 || l.batch.expect_int() % groups == 0, "Expected the batch to be ", groups, " equal groups");
   Tensors result = with_type(input, [&](auto zero) {
     using T = decltype(zero);
     constexpr auto type = c10::CppTypeToScalarType<T>::value;

@@ -56,6 +56,11 @@ void for_each_cell(const F& f) {
   }(std::make_integer_sequence<int, kCellKinds>());
 }
 
+// What an op computes in: 16-bit storage has its states, gates and sums in float32.
+inline at::ScalarType accumulate_type(const Tensor& t) {
+  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
 inline Tensor or_undefined(const OptionalTensor& t) { return t.has_value() ? *t : Tensor(); }
 inline OptionalTensor or_none(const Tensor& t) { return t.defined() ? OptionalTensor(t) : OptionalTensor(); }
 

@@ -7,9 +7,10 @@
 
 namespace fastrnn {
 
-RowTable::RowTable(int64_t steps, int64_t batch, const OptionalTensor& lengths, const OptionalTensor& reset,
-                   const OptionalTensor& batch_sizes, bool batch_first)
-    : table_(2 * steps + 2 * batch) {
+RowTable::RowTable(const Layout& layout, const Tensor& input, const OptionalTensor& lengths,
+                   const OptionalTensor& reset, const OptionalTensor& batch_sizes, bool batch_first) {
+  const int64_t steps = layout.steps.expect_int(), batch = layout.batch.expect_int();
+  table_.resize(2 * steps + 2 * batch);
   int64_t* offset = table_.data();
   int64_t* active = offset + steps;
   int64_t* order = active + steps;
@@ -35,8 +36,8 @@ RowTable::RowTable(int64_t steps, int64_t batch, const OptionalTensor& lengths, 
       total_ += size[t];
       std::fill_n(length, size[t], t + 1);
     }
-    TORCH_CHECK(steps == 0 || size[0] == batch, "batch_sizes should begin with the batch size ", batch, ", got ",
-                size[0]);
+    TORCH_CHECK(size[0] == batch, "batch_sizes should begin with the batch size ", batch, ", got ", size[0]);
+    TORCH_CHECK(total_ == input.size(0), "Expected batch_sizes to add up to ", input.size(0), " rows, got ", total_);
     ragged_ = batch > 0 && length[batch - 1] < steps;
     return;
   }

@@ -3,18 +3,21 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <c10/util/SmallVector.h>
+
 #include <optional>
-#include <vector>
 
 #include "core/params.h"
-#include "ops/ops.h"
+#include "ops/checks.h"
 
 namespace fastrnn {
 
 class RowTable {
  public:
-  RowTable(int64_t steps, int64_t batch, const OptionalTensor& lengths, const OptionalTensor& reset,
+  RowTable(const Layout& layout, const Tensor& input, const OptionalTensor& lengths, const OptionalTensor& reset,
            const OptionalTensor& batch_sizes, bool batch_first);
+  RowTable(const RowTable&) = delete;  // rows_ points into table_
+  RowTable& operator=(const RowTable&) = delete;
 
   const Rows& rows() const { return rows_; }
   // Rows of unequal length.
@@ -26,7 +29,7 @@ class RowTable {
 
  private:
   Rows rows_;
-  std::vector<int64_t> table_;  // offset [T], active [T], order [N], length [N]
+  c10::SmallVector<int64_t, 16> table_;  // offset [T], active [T], order [N], length [N]
   Tensor reset_;                // keeps the memory that rows_ points to
   bool ragged_ = false;
   bool padded_ = false;

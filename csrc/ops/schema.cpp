@@ -42,9 +42,6 @@ TORCH_LIBRARY(fastrnn, m) {
   m.def(kReferenceDoubleBackward, tags);
 }
 
-// What an op computes in: 16-bit storage has its states, gates and sums in float32.
-at::ScalarType accumulate_type(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
-
 template <CellKind kind>
 Tensors layer_meta(const Tensor& input, TensorList hx, TensorList weights, const OptionalTensor& lengths,
                    const OptionalTensor& reset, const OptionalTensor& batch_sizes, bool bidirectional, bool batch_first,
@@ -106,22 +103,21 @@ c10::TypedOperatorHandle<Function> find(const std::string& name) {
 }
 
 template <class Function>
-const c10::TypedOperatorHandle<Function>& find_for(CellKind kind, const char* suffix) {
-  static const auto kHandles = [&] {
-    std::vector<c10::TypedOperatorHandle<Function>> handles;
-    for (const char* cell : kCellNames) handles.push_back(find<Function>(std::string(cell) + suffix));
-    return handles;
-  }();
-  return kHandles[static_cast<size_t>(kind)];
+std::vector<c10::TypedOperatorHandle<Function>> find_for_cells(const char* suffix) {
+  std::vector<c10::TypedOperatorHandle<Function>> handles;
+  for (const char* cell : kCellNames) handles.push_back(find<Function>(std::string(cell) + suffix));
+  return handles;
 }
 
 }  // namespace
 
 const c10::TypedOperatorHandle<LayerFunction>& layer_op(CellKind kind) {
-  return find_for<LayerFunction>(kind, "_layer");
+  static const auto kHandles = find_for_cells<LayerFunction>("_layer");
+  return kHandles[static_cast<size_t>(kind)];
 }
 const c10::TypedOperatorHandle<BackwardFunction>& backward_op(CellKind kind) {
-  return find_for<BackwardFunction>(kind, "_layer_backward");
+  static const auto kHandles = find_for_cells<BackwardFunction>("_layer_backward");
+  return kHandles[static_cast<size_t>(kind)];
 }
 const c10::TypedOperatorHandle<ReferenceFunction>& reference_op() {
   static const auto kHandle = find<ReferenceFunction>("reference_layer");
