@@ -22,6 +22,7 @@ from torch import Tensor
 from . import _ops, reference
 
 BACKENDS = ("auto", "native", "python")
+CPU_CAPABILITIES = ("avx512", "avx2", "default")
 
 native: ModuleType | None = None  # fastrnn._C, once loaded
 reason = ""  # why it is not
@@ -40,6 +41,9 @@ def _load() -> None:
     if importlib.util.find_spec(name) is None:
         reason = "it was not built (FASTRNN_NATIVE=0 when fastrnn was installed, or the build was not run)"
         return
+    capability = os.environ.get("FASTRNN_CPU_CAPABILITY", "")
+    if capability not in ("", *CPU_CAPABILITIES):  # the library refuses it too, but that would look like a broken one
+        raise ValueError(f"FASTRNN_CPU_CAPABILITY should be one of avx512, avx2 or default, got: {capability!r}")
     try:
         extension = importlib.import_module(name)
     except (ImportError, OSError) as error:

@@ -81,10 +81,17 @@ def test_native_is_the_default(value, native):
     assert "Warning" not in done.stderr
 
 
-def test_capability_that_is_not_one(native):
-    done = python(USE, FASTRNN_BACKEND="native", FASTRNN_CPU_CAPABILITY="quantum")
+@pytest.mark.parametrize("value", ["auto", "native"])
+def test_capability_that_is_not_one(value, native):
+    done = python(USE, FASTRNN_BACKEND=value, FASTRNN_CPU_CAPABILITY="sse")
     assert done.returncode != 0
-    assert "FASTRNN_CPU_CAPABILITY" in done.stderr
+    assert "ValueError: FASTRNN_CPU_CAPABILITY should be one of avx512, avx2 or default, got: 'sse'" in done.stderr
+    assert "Warning" not in done.stderr
+
+
+def test_empty_capability_is_none(native):
+    done = python(USE, FASTRNN_BACKEND="native", FASTRNN_CPU_CAPABILITY="")
+    assert done.stdout.strip() == "native", done.stderr
 
 
 CAPABILITIES = """
