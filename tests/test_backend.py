@@ -161,6 +161,29 @@ def test_explain_native(native):
     assert "torch.ops.fastrnn.rnn_relu_layer" in fastrnn.explain(fastrnn.RNNCell(3, 5, True, "relu"), torch.ones(3))
 
 
+def test_explain_asks_for_the_plan_that_runs(native, monkeypatch):
+    """16 bits are computed in float32; rows are ragged where a length falls short of T."""
+    asked = []
+
+    class Native:
+        cpu_capability = staticmethod(native.cpu_capability)
+
+        @staticmethod
+        def plan(cell, *sizes, ragged):
+            asked.append((sizes[-3], ragged))
+            return {"recurrent": "packed", "fused_input": True, "threads": 1, "shard": "none"}
+
+    monkeypatch.setattr(_backend, "native", Native)
+    net, input = fastrnn.LSTM(3, 5), torch.randn(4, 2, 3)
+    assert "the input multiplied within the same tiles" in fastrnn.explain(net, input)
+    for dtype in (torch.float64, torch.bfloat16):
+        fastrnn.explain(net, input.to(dtype))
+    for lengths in ([4, 1], [4, 4]):
+        fastrnn.explain(net, input, lengths=torch.tensor(lengths))
+        fastrnn.explain(net, torch.nn.utils.rnn.pack_padded_sequence(input, lengths))
+    assert asked == [(4, False), (8, False), (4, False), (4, True), (4, True), (4, False), (4, False)]
+
+
 def test_explain_another_device(monkeypatch):
     monkeypatch.setattr(_backend, "choose", lambda tensor, features: "python" if features else "torch")
     net, input = fastrnn.GRU(3, 5), torch.randn(4, 2, 3)
