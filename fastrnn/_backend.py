@@ -22,6 +22,7 @@ from torch import Tensor
 from . import _ops, reference
 
 BACKENDS = ("auto", "native", "python")
+CPU_CAPABILITIES = ("avx512", "avx2", "default")
 
 native: ModuleType | None = None  # fastrnn._C, once loaded
 reason = ""  # why it is not
@@ -40,6 +41,9 @@ def _load() -> None:
     if importlib.util.find_spec(name) is None:
         reason = "it was not built (FASTRNN_NATIVE=0 when fastrnn was installed, or the build was not run)"
         return
+    capability = os.environ.get("FASTRNN_CPU_CAPABILITY", "")
+    if capability not in ("", *CPU_CAPABILITIES):  # the library refuses it too, but that would look like a broken one
+        raise ValueError(f"FASTRNN_CPU_CAPABILITY should be one of avx512, avx2 or default, got: {capability!r}")
     try:
         extension = importlib.import_module(name)
     except (ImportError, OSError) as error:
@@ -177,39 +181,100 @@ def _check_layer(
     bidirectional: bool,
     batch_first: bool,
 ) -> None:
-    """What would broadcast, promote or be read past its end without a word."""
-    for kind, tensors in (("hidden", hx), ("parameter", weights)):
-        for tensor in tensors:
-            if tensor.device != input.device:
-                raise RuntimeError(
-                    f"Input and {kind} tensors are not at the same device, found input tensor at {input.device} "
-                    f"and {kind} tensor at {tensor.device}"
-                )
-            if tensor.dtype != input.dtype:
-                raise RuntimeError(
-                    f"Input and {kind} tensors are not the same dtype, found input tensor with {input.dtype} "
-                    f"and {kind} tensor with {tensor.dtype}"
-                )
-    gates, directions = reference.CELLS[cell].gates, 2 if bidirectional else 1
-    w_ih, w_hh = weights[0], weights[1]
-    if input.shape[-1] != w_ih.shape[1]:
-        raise RuntimeError(
-            f"input.size(-1) must be equal to input_size. Expected {w_ih.shape[1]}, got {input.shape[-1]}"
-        )
+    """The native op's own checks: what would broadcast, promote or be read past its end without a word."""
+    spec, directions = reference.CELLS[cell], 2 if bidirectional else 1
+    if not input.is_floating_point():
+        raise RuntimeError(f"Expected a floating point input, got {input.dtype}")
+    per_direction = len(weights) // directions
+    if per_direction * directions != len(weights) or not 2 <= per_direction <= 5:
+        raise RuntimeError(f"Expected 2 to 5 weights for each of {directions} directions, got {len(weights)}")
+    projected = per_direction % 2 == 1
+    if projected and cell != "lstm":
+        raise RuntimeError(f"Only the LSTM has a projection, got {per_direction} weights")
+    if len(hx) not in (0, spec.states):
+        raise RuntimeError(f"Expected {spec.states} initial states or none, got {len(hx)}")
+    dims = 3 if batch_sizes is None else 2
+    if input.dim() != dims:
+        raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")
+    check_matrices(weights[0], weights[1])
+    inputs, outputs = weights[0].shape[1], weights[1].shape[1]
+    if input.shape[-1] != inputs:
+        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {inputs}, got {input.shape[-1]}")
+
+    units = weights[per_direction - 1].shape[-1] if projected else outputs
+    rows = spec.gates * units
+    expected: list[tuple[str, tuple[int, ...]]] = [("w_ih", (rows, inputs)), ("w_hh", (rows, outputs))]
+    if per_direction >= 4:
+        expected += [("b_ih", (rows,)), ("b_hh", (rows,))]
+    if projected:
+        expected.append(("w_hr", (outputs, units)))
+    for weight, (name, shape) in zip(weights, expected * directions, strict=True):
+        _check_tensor(weight, input, "parameter", name, shape)
+
     if batch_sizes is None:
-        batch = input.shape[0 if batch_first else 1]
+        steps, batch = (input.shape[1], input.shape[0]) if batch_first else (input.shape[0], input.shape[1])
     else:
-        batch = int(batch_sizes[0]) if len(batch_sizes) else 0
-    sizes = (w_hh.shape[1], w_hh.shape[0] // gates)
-    if len(hx) not in (0, reference.CELLS[cell].states):
-        raise RuntimeError(f"{cell} has {reference.CELLS[cell].states} states, got {len(hx)} initial ones")
-    for index, (state, size) in enumerate(zip(hx, sizes, strict=False)):
-        if state.shape != (directions, batch, size):
-            raise RuntimeError(f"Expected hidden[{index}] size {(directions, batch, size)}, got {list(state.shape)}")
+        batch = packed_batch(batch_sizes)
+        steps = len(batch_sizes)
+    if steps == 0:
+        raise RuntimeError(_NO_STEPS)
+    for state, name, size in zip(hx, ("h0", "c0"), (outputs, units), strict=False):
+        _check_tensor(state, input, "hidden", name, (directions, batch, size))
+    if batch_sizes is not None:
+        _check_batch_sizes(batch_sizes, batch, input.shape[0])
+
+
+_NO_STEPS = "Expected sequence length to be larger than 0 in RNN"
+
+
+def _check_tensor(tensor: Tensor, input: Tensor, what: str, name: str, shape: tuple[int, ...]) -> None:
+    if tensor.device != input.device:
+        raise RuntimeError(
+            f"Input and {what} tensors are not at the same device, found input tensor at {input.device} "
+            f"and {what} tensor at {tensor.device}"
+        )
+    if tensor.dtype != input.dtype:
+        raise RuntimeError(
+            f"Input and {what} tensors are not the same dtype, found input tensor with {input.dtype} "
+            f"and {name} with {tensor.dtype}"
+        )
+    if tensor.dim() != len(shape):
+        raise RuntimeError(f"Expected {name} to be {len(shape)}-D, got {tensor.dim()}-D")
+    if tensor.shape != shape:
+        raise RuntimeError(f"Expected {name} size {list(shape)}, got {list(tensor.shape)}")
+
+
+def check_matrices(w_ih: Tensor, w_hh: Tensor) -> None:
+    """Both must be matrices before anything is read off their shapes."""
+    if w_ih.dim() != 2 or w_hh.dim() != 2:
+        raise RuntimeError(f"Expected w_ih and w_hh to be 2-D, got {w_ih.dim()}-D and {w_hh.dim()}-D")
+
+
+def packed_batch(batch_sizes: Tensor) -> int:
+    """The batch size of packed rows, the first of their batch sizes."""
+    if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or not (batch_sizes.is_cpu or batch_sizes.is_meta):
+        raise RuntimeError("batch_sizes should be a 1-D int64 tensor on the CPU")
+    if len(batch_sizes) == 0:
+        raise RuntimeError(_NO_STEPS)
+    return int(batch_sizes[0])
+
+
+def _check_batch_sizes(batch_sizes: Tensor, batch: int, rows: int) -> None:
+    before = batch
+    for step, size in enumerate(batch_sizes.tolist()):
+        if not 0 < size <= before:
+            raise RuntimeError(
+                f"batch_sizes should be positive, not increasing, and begin with the batch size {batch}, "
+                f"got {size} at step {step}"
+            )
+        before = size
+    if int(batch_sizes.sum()) != rows:
+        raise RuntimeError(f"Expected batch_sizes to add up to {rows} rows, got {int(batch_sizes.sum())}")
 
 
 def zero_states(cell: str, input: Tensor, weights: Sequence[Tensor], rows: int, batch: int) -> list[Tensor]:
     """Initial states ``[rows, batch, P or H]``, for the LSTM also ``[rows, batch, H]``."""
+    check_matrices(weights[0], weights[1])
     spec = reference.CELLS[cell]
     sizes = [weights[1].shape[1], weights[1].shape[0] // spec.gates]
     return [input.new_zeros(rows, batch, size) for size in sizes[: spec.states]]
@@ -231,7 +296,7 @@ def torch_layers(
     """All layers by torch's own op: output and final states."""
     function: Any = getattr(torch._VF, cell)
     if not hx:
-        batch = input.shape[0 if batch_first else 1] if batch_sizes is None else int(batch_sizes[0])
+        batch = input.shape[0 if batch_first else 1] if batch_sizes is None else packed_batch(batch_sizes)
         hx = zero_states(cell, input, weights, num_layers * (2 if bidirectional else 1), batch)
     states: Any = hx[0] if len(hx) == 1 else tuple(hx)
     shared = (has_biases, num_layers, dropout, training, bidirectional)

@@ -84,7 +84,7 @@ def explain(
     ]
     if data.is_cpu and _backend.native is not None:
         lines.append(f"cpu capability: {_backend.native.cpu_capability()}")
-        lines += _plans(module, cell, input, data)
+        lines += _plans(module, cell, input, data, lengths)
     return "\n".join(lines)
 
 
@@ -105,12 +105,13 @@ def _layout(input: Any, lengths: Tensor | None, reset: Tensor | None) -> str:
     return f"with {' and '.join(features)}" if features else "over all steps of all rows"
 
 
-def _plans(module: Any, cell: str, input: Any, data: Tensor) -> list[str]:
+def _plans(module: Any, cell: str, input: Any, data: Tensor, lengths: Tensor | None) -> list[str]:
     """One line for the first layer, and one for the others where they differ in their input."""
     assert _backend.native is not None
-    steps, batch = 1, 1
+    steps, batch, ragged = 1, 1, False
     if isinstance(input, PackedSequence):
         steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])
+        ragged = int(input.batch_sizes[-1]) < batch
     elif isinstance(module, torch.nn.RNNBase):
         if data.dim() == 3:
             steps, batch = data.shape[1 if module.batch_first else 0], data.shape[0 if module.batch_first else 1]
@@ -118,6 +119,8 @@ def _plans(module: Any, cell: str, input: Any, data: Tensor) -> list[str]:
             steps = data.shape[0]
     elif data.dim() == 2:
         batch = data.shape[0]
+    if lengths is not None:
+        ragged = bool((lengths < steps).any())
     proj_size = getattr(module, "proj_size", 0)
     directions = 2 if getattr(module, "bidirectional", False) else 1
     training = torch.is_grad_enabled() and (data.requires_grad or any(p.requires_grad for p in module.parameters()))
@@ -134,9 +137,10 @@ def _plans(module: Any, cell: str, input: Any, data: Tensor) -> list[str]:
             module.hidden_size,
             proj_size,
             directions,
-            data.element_size(),
+            8 if data.dtype == torch.float64 else 4,  # 16 bits are computed in float32
             training,
             torch.get_num_threads(),
+            ragged=ragged,
         )
         lines.append(f"{which}: forward {_words(plan, '')}")
         if training:
@@ -152,4 +156,6 @@ def _words(plan: dict[str, Any], prefix: str) -> str:
     recurrent = plan.get(f"{prefix}recurrent")
     if recurrent is not None:
         words.append(_RECURRENT.get(recurrent, str(recurrent)))
+    if plan.get(f"{prefix}fused_input"):
+        words.append("the input multiplied within the same tiles")
     return ", ".join(words)

@@ -28,6 +28,8 @@ def register(states: Mapping[str, int]) -> None:
 
 def _bound(rule: Callable[..., Any], op: Op, states: int) -> Callable[..., Any]:
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        if info.batch_size == 0:
+            raise ValueError("vmap over a dimension of size 0 is not supported")
         return rule(op, states, info.batch_size, in_dims, *arguments)
 
     return vmap

@@ -28,6 +28,8 @@ def stack(
     need_steps: bool = False,
 ) -> tuple[Tensor, Sequence[Tensor], list[list[Tensor]]]:
     """The layers of any cell: output, final states, and for ``need_steps`` every state of every step, by layer."""
+    if num_layers < 1:
+        raise ValueError(f"num_layers should be at least 1, got: {num_layers}")
     directions = 2 if bidirectional else 1
     per_layer = len(weights) // num_layers
     # with a projection the number of weights of a direction is odd: 2 or 4, and one more
@@ -40,11 +42,12 @@ def stack(
     if features:
         lengths, reset = _checked(input, lengths, reset, batch_sizes, batch_first)
     if hx is not None:
+        check_hidden(hx)
         states = list(hx)
     elif batch_sizes is None:
         states = []
     else:  # the number of rows does not show in a packed input: the op takes it from the states
-        states = _backend.zero_states(cell, input, weights, num_layers * directions, int(batch_sizes[0]))
+        states = _backend.zero_states(cell, input, weights, num_layers * directions, _backend.packed_batch(batch_sizes))
     route = _backend.choose(input, features or need_steps)
     if route == "torch":
         output, *final = _backend.torch_layers(
@@ -93,6 +96,8 @@ def run_layer(route: str, cell: str, *arguments: Any) -> list[Tensor]:
 
 def _split_states(states: Sequence[Tensor], num_layers: int, directions: int) -> list[list[Tensor]]:
     for index, state in enumerate(states):
+        if state.dim() != 3:
+            raise RuntimeError(f"hidden[{index}] should be 3-D, got {state.dim()}-D")
         if state.shape[0] != num_layers * directions:
             raise RuntimeError(
                 f"hidden[{index}] should have num_layers * directions = {num_layers * directions} rows, "
@@ -137,6 +142,12 @@ def _checked(
             raise ValueError(f"reset should have the shape {layout} = {expected}, got: {tuple(reset.shape)}")
         reset = reset.to(input.device)
     return lengths, reset
+
+
+def check_hidden(hx: object) -> None:
+    """A tensor would come apart along its first dimension; the functions of one state wrap theirs themselves."""
+    if isinstance(hx, Tensor):
+        raise TypeError("hx should be a tuple (h_0, c_0), got: Tensor")
 
 
 def check_tensor(name: str, value: object, content: str, dtypes: Sequence[torch.dtype]) -> None:

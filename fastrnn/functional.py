@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import _backend
-from ._stack import run_layer, stack
+from ._stack import check_hidden, run_layer, stack
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
@@ -249,8 +249,8 @@ def lstm_cell(
 
     Raises
     ------
-    ValueError
-        For one bias without the other.
+    ValueError, TypeError
+        For one bias without the other, and for ``hx`` that is no pair.
     RuntimeError
         For tensors of the wrong shape, dtype or device.
     """
@@ -336,11 +336,18 @@ def _cell(
     """A layer of one step; the messages of the checks are torch's."""
     if (b_ih is None) != (b_hh is None):
         raise ValueError("b_ih and b_hh should be given both or neither")
+    if input.dim() != 2:
+        raise RuntimeError(f"input must have 2 dimensions, got {input.dim()}")
+    _backend.check_matrices(w_ih, w_hh)
     batch, size = input.shape
     if size != w_ih.shape[1]:
         raise RuntimeError(f"input has inconsistent input_size: got {size} expected {w_ih.shape[1]}")
+    if hx is not None:
+        check_hidden(hx)
     states = [] if hx is None else list(hx)
     for index, state in enumerate(states):
+        if state.dim() != 2:
+            raise RuntimeError(f"hidden{index} must have 2 dimensions, got {state.dim()}")
         if state.shape[0] != batch:
             raise RuntimeError(f"Input batch size {batch} doesn't match hidden{index} batch size {state.shape[0]}")
         if state.shape[1] != w_hh.shape[1]:

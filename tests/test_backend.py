@@ -81,10 +81,17 @@ def test_native_is_the_default(value, native):
     assert "Warning" not in done.stderr
 
 
-def test_capability_that_is_not_one(native):
-    done = python(USE, FASTRNN_BACKEND="native", FASTRNN_CPU_CAPABILITY="quantum")
+@pytest.mark.parametrize("value", ["auto", "native"])
+def test_capability_that_is_not_one(value, native):
+    done = python(USE, FASTRNN_BACKEND=value, FASTRNN_CPU_CAPABILITY="sse")
     assert done.returncode != 0
-    assert "FASTRNN_CPU_CAPABILITY" in done.stderr
+    assert "ValueError: FASTRNN_CPU_CAPABILITY should be one of avx512, avx2 or default, got: 'sse'" in done.stderr
+    assert "Warning" not in done.stderr
+
+
+def test_empty_capability_is_none(native):
+    done = python(USE, FASTRNN_BACKEND="native", FASTRNN_CPU_CAPABILITY="")
+    assert done.stdout.strip() == "native", done.stderr
 
 
 CAPABILITIES = """
@@ -152,6 +159,29 @@ def test_explain_native(native):
     packed = torch.nn.utils.rnn.pack_sequence([torch.randn(4, 3), torch.randn(2, 3)])
     assert "packed rows" in fastrnn.explain(net, packed)
     assert "torch.ops.fastrnn.rnn_relu_layer" in fastrnn.explain(fastrnn.RNNCell(3, 5, True, "relu"), torch.ones(3))
+
+
+def test_explain_asks_for_the_plan_that_runs(native, monkeypatch):
+    """16 bits are computed in float32; rows are ragged where a length falls short of T."""
+    asked = []
+
+    class Native:
+        cpu_capability = staticmethod(native.cpu_capability)
+
+        @staticmethod
+        def plan(cell, *sizes, ragged):
+            asked.append((sizes[-3], ragged))
+            return {"recurrent": "packed", "fused_input": True, "threads": 1, "shard": "none"}
+
+    monkeypatch.setattr(_backend, "native", Native)
+    net, input = fastrnn.LSTM(3, 5), torch.randn(4, 2, 3)
+    assert "the input multiplied within the same tiles" in fastrnn.explain(net, input)
+    for dtype in (torch.float64, torch.bfloat16):
+        fastrnn.explain(net, input.to(dtype))
+    for lengths in ([4, 1], [4, 4]):
+        fastrnn.explain(net, input, lengths=torch.tensor(lengths))
+        fastrnn.explain(net, torch.nn.utils.rnn.pack_padded_sequence(input, lengths))
+    assert asked == [(4, False), (8, False), (4, False), (4, True), (4, True), (4, False), (4, False)]
 
 
 def test_explain_another_device(monkeypatch):

@@ -183,3 +183,9 @@ def test_packed_rows_are_refused_or_right_under_vmap():
 
     data = torch.stack([packed.data, packed.data.cos()])
     both(lambda: vmap(grad(loss, argnums=(0, 1)), in_dims=(None, 0))(parameters, data))
+
+
+def test_vmap_over_nothing():
+    net = fastrnn.GRU(INPUTS, HIDDEN)
+    with pytest.raises(ValueError, match="vmap over a dimension of size 0"):
+        vmap(lambda input: net(input)[0])(torch.randn(0, STEPS, BATCH, INPUTS))

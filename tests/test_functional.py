@@ -168,3 +168,89 @@ def test_activations_piece_by_piece(cell, low, high, backend):
     theirs, oracle = (run(getattr(torch._VF, f"{cell}_cell"), dtype) for dtype in (torch.float32, torch.float64))
     for what, *results in zip(("h", *["c"] * (len(ours) - 2), "gradient"), ours, theirs, oracle, strict=True):
         check(what, *results)
+
+
+def _lstm(**changes):
+    """Arguments of functional.lstm that are right, but for the changes; w_ih, w_hh, b_ih, b_hh by name."""
+    shapes = {"w_ih": (12, 2), "w_hh": (12, 3), "b_ih": (12,), "b_hh": (12,)}
+    weights = {name: torch.randn(shape) for name, shape in shapes.items()}
+    weights |= {name: changes.pop(name) for name in shapes if name in changes}
+    return {"input": torch.randn(4, 5, 2), "hx": None, "weights": list(weights.values())} | changes
+
+
+def _packed(sizes, **changes):
+    return _lstm(**{"input": torch.randn(9, 2), "batch_sizes": torch.tensor(sizes), **changes})
+
+
+_STATES = torch.zeros(1, 5, 3), torch.zeros(1, 5, 3)
+_BAD = {
+    "input 1-D": (_lstm(input=torch.randn(2)), RuntimeError, "must have 3 dimensions"),
+    "input 2-D": (_lstm(input=torch.randn(4, 2)), RuntimeError, "must have 3 dimensions"),
+    "input 4-D": (_lstm(input=torch.randn(1, 4, 5, 2)), RuntimeError, "must have 3 dimensions"),
+    "packed input 3-D": (_packed([5, 4], input=torch.randn(3, 3, 2)), RuntimeError, "must have 2 dimensions"),
+    "complex": (_lstm(input=torch.randn(4, 5, 2, dtype=torch.cfloat)), RuntimeError, "floating point"),
+    "integers": (_lstm(input=torch.ones(4, 5, 2, dtype=torch.long)), RuntimeError, "floating point"),
+    "no steps": (_lstm(input=torch.randn(0, 5, 2)), RuntimeError, "larger than 0"),
+    "w_ih 1-D": (_lstm(w_ih=torch.randn(12)), RuntimeError, "w_ih and w_hh to be 2-D"),
+    "w_ih of few rows": (_lstm(w_ih=torch.randn(9, 2)), RuntimeError, "w_ih size"),
+    "w_hh 1-D": (_lstm(w_hh=torch.randn(12)), RuntimeError, "w_ih and w_hh to be 2-D"),
+    "w_hh 1-D, packed": (_packed([5, 4], w_hh=torch.randn(12)), RuntimeError, "w_ih and w_hh to be 2-D"),
+    "w_hh of another width": (_lstm(w_hh=torch.randn(12, 4)), RuntimeError, "size"),
+    "w_hh of another dtype": (_lstm(w_hh=torch.randn(12, 3).double()), RuntimeError, "same dtype"),
+    "b_ih that broadcasts": (_lstm(b_ih=torch.randn(1)), RuntimeError, "b_ih size"),
+    "b_hh that broadcasts": (_lstm(b_hh=torch.randn(1)), RuntimeError, "b_hh size"),
+    "b_hh 2-D": (_lstm(b_hh=torch.randn(1, 12)), RuntimeError, "b_hh to be 1-D"),
+    "hx a tensor": (_lstm(hx=torch.zeros(2, 1, 5, 3)), TypeError, r"tuple \(h_0, c_0\)"),
+    "hx one state": (_lstm(hx=_STATES[:1]), RuntimeError, "2 initial states"),
+    "hx 2-D": (_lstm(hx=(_STATES[0][0], _STATES[1])), RuntimeError, "h0 to be 3-D"),
+    "c_0 that broadcasts": (_lstm(hx=(_STATES[0], torch.zeros(1, 1, 3))), RuntimeError, "c0 size"),
+    "hx of a packed batch": (_packed([5, 4], hx=(torch.zeros(1, 4, 3),) * 2), RuntimeError, "4"),
+    "batch_sizes int32": (_packed([5, 4], batch_sizes=torch.tensor([5, 4]).int()), RuntimeError, "1-D int64"),
+    "batch_sizes 2-D": (_packed([[5, 4]]), RuntimeError, "1-D int64"),
+    "batch_sizes empty": (_packed([], batch_sizes=torch.tensor([]).long()), RuntimeError, "larger than 0"),
+    "batch_sizes increasing": (_packed([4, 5]), RuntimeError, "not increasing"),
+    "batch_sizes zero": (_packed([9, 0]), RuntimeError, "positive"),
+    "batch_sizes of fewer rows": (_packed([5, 3]), RuntimeError, "add up to 9 rows, got 8"),
+    "batch_sizes of more rows": (_packed([5, 5]), RuntimeError, "add up to 9 rows, got 10"),
+    "no layers": (_lstm(num_layers=0), ValueError, "num_layers should be at least 1"),
+}
+
+
+@pytest.mark.parametrize("arguments, error, words", _BAD.values(), ids=_BAD)
+def test_bad_arguments_are_refused_alike(arguments, error, words, backend):
+    with pytest.raises(error, match=words) as caught:
+        functional.lstm(**arguments)
+    assert caught.type is error
+
+
+@pytest.mark.parametrize("batch_sizes", [None, torch.tensor([5, 4])])
+def test_what_the_bad_arguments_are_changes_of_is_right(batch_sizes, backend):
+    functional.lstm(**_lstm() if batch_sizes is None else _packed([5, 4]))
+
+
+_CELL = {"input": torch.randn(5, 2), "hx": None, "w_ih": torch.randn(3, 2), "w_hh": torch.randn(3, 3)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"input": torch.randn(2)},
+        {"input": torch.randn(1, 5, 2)},
+        {"hx": torch.zeros(3)},
+        {"w_ih": torch.randn(6)},
+        {"w_hh": torch.randn(3)},
+        {"w_hh": torch.randn(3, 4)},
+        {"b_ih": torch.randn(1), "b_hh": torch.randn(3)},
+    ],
+    ids=["input 1-D", "input 3-D", "hx 1-D", "w_ih 1-D", "w_hh 1-D", "w_hh of another width", "b_ih"],
+)
+def test_bad_arguments_of_a_cell_are_refused_alike(change, backend):
+    functional.rnn_cell(**_CELL)
+    with pytest.raises(RuntimeError) as caught:
+        functional.rnn_cell(**_CELL | change)
+    assert caught.type is RuntimeError
+
+
+def test_lstm_cell_wants_a_pair(backend):
+    with pytest.raises(TypeError, match=r"tuple \(h_0, c_0\)"):
+        functional.lstm_cell(torch.randn(5, 2), torch.zeros(2, 5, 3), torch.randn(12, 2), torch.randn(12, 3))
