@@ -31,3 +31,13 @@ def check(name, ours, theirs, oracle, *, dtype=None, own=None, of_oracle=0.0):
 
 def error(tensor, oracle):
     return (tensor.detach().double() - oracle).abs().max().item()
+
+
+def worst(results, oracle):
+    """The error of the worst tensor, relative to its largest value; both are by name.
+
+    It is torch's own error for every tensor where torch gets at the results another way than we do, and so rounds other
+    sums: tensor by tensor, it may be lucky.
+    """
+    largest = {name: value.abs().max().item() for name, value in oracle.items() if value.numel() and value.any()}
+    return max(error(results[name], oracle[name]) / value for name, value in largest.items())
