@@ -40,4 +40,4 @@ def worst(results, oracle):
     sums: tensor by tensor, it may be lucky.
     """
     largest = {name: value.abs().max().item() for name, value in oracle.items() if value.numel() and value.any()}
-    return max(error(results[name], oracle[name]) / value for name, value in largest.items())
+    return max((error(results[name], oracle[name]) / value for name, value in largest.items()), default=0.0)
