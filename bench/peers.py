@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.layers import Problem, Variant
 
@@ -32,7 +33,14 @@ def peer_variant(peer: str, problem: Problem, threads: int) -> Variant:
 
     A case with resets is run without them: like torch.nn, these runtimes have none.
     """
-    return {"onnxruntime": _onnxruntime, "openvino": _openvino}[peer](problem, threads)
+    forward = peer_runner(peer, onnx_model(problem), peer_inputs(problem), threads)
+    # With resets torch's plain call, which has none either, is what the peer must reproduce.
+    return Variant(peer, forward, lambda results: problem.pack(torch.from_numpy(results[0])[:, 0]), expected="torch")
+
+
+def peer_runner(peer: str, model: bytes, inputs: Mapping[str, Any], threads: int = 1) -> Callable[[], Sequence[Any]]:
+    """A call that runs a graph in the named runtime on inputs bound beforehand: its outputs as NumPy arrays."""
+    return _RUNTIMES[peer](model, inputs, threads)
 
 
 def require_peer(peer: str) -> None:
@@ -42,34 +50,61 @@ def require_peer(peer: str) -> None:
 
 
 def onnx_model(problem: Problem) -> bytes:
-    """A serialised ONNX graph of one node: X ``[T, N, I]``, and what the case needs of h0, c0 and lengths; gives Y."""
+    """A problem's work as a graph: what the case needs of X, lengths, h0 and c0 goes in, Y comes out."""
+    return recurrent_graph(problem.reference, problem.case.steps, problem.case.batch, list(peer_inputs(problem)))
+
+
+def recurrent_graph(
+    module: nn.RNNBase, steps: int, batch: int, given: Sequence[str], outputs: Sequence[str] = ("Y",)
+) -> bytes:
+    """A serialised ONNX graph of one node: a time-major module of torch.nn with one layer, in float32.
+
+    Parameters
+    ----------
+    module : nn.RNNBase
+        RNN, LSTM without projection or GRU, with biases.
+    steps, batch : int
+        T and N, fixed in the graph.
+    given : sequence of str
+        The inputs: X ``[T, N, I]`` and any of lengths (int32 ``[N]``), h0 and c0 (``[D, N, H]``).
+    outputs : sequence of str
+        Any of Y ``[T, D, N, H]``, Y_h and Y_c ``[D, N, H]``.
+    """
     onnx = _require("onnx")
     helper, float32, int32 = onnx.helper, onnx.TensorProto.FLOAT, onnx.TensorProto.INT32
-    case, cell = problem.case, problem.cell
+    cell, _, activation = module.mode.lower().partition("_")
+    directions = 2 if module.bidirectional else 1
 
     def weight(name: str, *parameters: str) -> Any:
-        """Parameters of torch, gates reordered, one after the other, with ONNX's leading dimension of directions."""
-        parts = [_reorder(getattr(problem.reference, parameter), cell) for parameter in parameters]
-        return onnx.numpy_helper.from_array(torch.cat(parts)[None].numpy(), name)
+        """Parameters of torch, gates reordered, one after the other, direction by direction."""
+        suffixes = ("", "_reverse")[:directions]
+        parts = [
+            [_reorder(getattr(module, parameter + suffix), cell) for parameter in parameters] for suffix in suffixes
+        ]
+        return onnx.numpy_helper.from_array(torch.stack([torch.cat(part) for part in parts]).numpy(), name)
 
-    sizes = {"X": [case.steps, case.batch, case.input_size], "lengths": [case.batch]}
-    sizes |= {name: [1, case.batch, case.hidden_size] for name in ("h0", "c0")}
-    given = list(peer_inputs(problem))
-    attributes = {"linear_before_reset": 1} if cell == "gru" else {}
+    state = [directions, batch, module.hidden_size]
+    sizes = {"X": [steps, batch, module.input_size], "lengths": [batch], "h0": state, "c0": state}
+    sizes |= {"Y": [steps, *state], "Y_h": state, "Y_c": state}
+    attributes: dict[str, Any] = {"direction": "bidirectional" if module.bidirectional else "forward"}
+    if cell == "gru":
+        attributes["linear_before_reset"] = 1
+    if activation:
+        attributes["activations"] = [activation.capitalize()] * directions
+    results = ("Y", "Y_h", "Y_c") if cell == "lstm" else ("Y", "Y_h")
+    optional = ("lengths", "h0", "c0") if cell == "lstm" else ("lengths", "h0")
     node = helper.make_node(
         cell.upper(),
-        ["X", "W", "R", "B", *(name if name in given else "" for name in ("lengths", "h0", "c0"))][
-            : 7 if cell == "lstm" else 6
-        ],
-        ["Y"],
-        hidden_size=case.hidden_size,
+        ["X", "W", "R", "B", *(name if name in given else "" for name in optional)],
+        [name if name in outputs else "" for name in results],
+        hidden_size=module.hidden_size,
         **attributes,
     )
     graph = helper.make_graph(
         [node],
         cell,
         [helper.make_tensor_value_info(name, int32 if name == "lengths" else float32, sizes[name]) for name in given],
-        [helper.make_tensor_value_info("Y", float32, [case.steps, 1, case.batch, case.hidden_size])],
+        [helper.make_tensor_value_info(name, float32, sizes[name]) for name in outputs],
         [weight("W", "weight_ih_l0"), weight("R", "weight_hh_l0"), weight("B", "bias_ih_l0", "bias_hh_l0")],
     )
     # Versions that runtimes of the last years read; the helper's own default may be newer than the runtime.
@@ -95,25 +130,18 @@ def _reorder(parameter: Tensor, cell: str) -> Tensor:
     return torch.cat([gates[gate] for gate in GATE_ORDER[cell]])
 
 
-def _variant(peer: str, problem: Problem, forward: Any) -> Variant:
-    """``forward`` returns Y ``[T, 1, N, H]`` as a NumPy array."""
-    # With resets torch's plain call, which has none either, is what the peer must reproduce.
-    return Variant(peer, forward, lambda y: problem.pack(torch.from_numpy(y)[:, 0]), expected="torch")
-
-
-def _onnxruntime(problem: Problem, threads: int) -> Variant:
+def _onnxruntime(model: bytes, inputs: Mapping[str, Any], threads: int) -> Callable[[], Sequence[Any]]:
     runtime = _require("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     # Its threads may spin during a call, as torch's do, but not after it: the next in turn needs the cores.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = runtime.InferenceSession(onnx_model(problem), options, providers=["CPUExecutionProvider"])
-    inputs = peer_inputs(problem)
-    return _variant("onnxruntime", problem, lambda: session.run(None, inputs)[0])
+    session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, inputs)
 
 
-def _openvino(problem: Problem, threads: int) -> Variant:
+def _openvino(model: bytes, inputs: Mapping[str, Any], threads: int) -> Callable[[], Sequence[Any]]:
     openvino = _require("openvino")
     core = openvino.Core()
     config = {
@@ -121,8 +149,8 @@ def _openvino(problem: Problem, threads: int) -> Variant:
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
     }
-    request = core.compile_model(core.read_model(onnx_model(problem)), "CPU", config).create_infer_request()
-    inputs = peer_inputs(problem)
-    return _variant(
-        "openvino", problem, lambda: request.infer(inputs, share_inputs=True, share_outputs=True).to_tuple()[0]
-    )
+    request = core.compile_model(core.read_model(model), "CPU", config).create_infer_request()
+    return lambda: request.infer(inputs, share_inputs=True, share_outputs=True).to_tuple()
+
+
+_RUNTIMES = {"onnxruntime": _onnxruntime, "openvino": _openvino}

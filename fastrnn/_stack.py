@@ -130,6 +130,7 @@ def _checked(
     steps, batch = (input.shape[1], input.shape[0]) if batch_first else (input.shape[0], input.shape[1])
     if lengths is not None:
         check_tensor("lengths", lengths, "integers", _INTEGERS)
+        _check_readable("lengths", lengths, input)
         if lengths.shape != (batch,):
             raise ValueError(f"lengths should have the shape (N,) = ({batch},), got: {tuple(lengths.shape)}")
         if lengths.is_cpu and not input.is_cpu:
@@ -137,6 +138,7 @@ def _checked(
         lengths = lengths.to(input.device, torch.int64)
     if reset is not None:
         check_tensor("reset", reset, "bool", (torch.bool,))
+        _check_readable("reset", reset, input)
         expected, layout = ((batch, steps), "(N, T)") if batch_first else ((steps, batch), "(T, N)")
         if reset.shape != expected:
             raise ValueError(f"reset should have the shape {layout} = {expected}, got: {tuple(reset.shape)}")
@@ -156,3 +158,9 @@ def check_tensor(name: str, value: object, content: str, dtypes: Sequence[torch.
         raise TypeError(f"{name} should be a Tensor of {content}, got: {type(value).__name__}")
     if value.dtype not in dtypes:
         raise TypeError(f"{name} should be a Tensor of {content}, got: {value.dtype}")
+
+
+def _check_readable(name: str, value: Tensor, input: Tensor) -> None:
+    """Any device will do, but one that holds no numbers."""
+    if value.is_meta and not input.is_meta:
+        raise ValueError(f"{name} should be on the device of input ({input.device}) or another with data, got: meta")

@@ -1,4 +1,4 @@
-"""The documents keep their promises: the README's Python runs, and links lead somewhere."""
+"""The documents keep their promises: their Python runs, and links lead somewhere."""
 
 import re
 from pathlib import Path
@@ -21,13 +21,23 @@ def snippets(document: str) -> list[str]:
 def run(snippet: str) -> dict[str, object]:
     """The names that a snippet leaves behind."""
     names: dict[str, object] = {}
-    exec(compile(snippet, "README.md", "exec"), names)
+    exec(compile(snippet, "snippet", "exec"), names)
     return names
 
 
-@pytest.mark.parametrize("snippet", snippets("README.md"))
-def test_readme_snippet_runs(snippet, capsys):
+SNIPPETS = [
+    pytest.param(snippet, id=f"{path.name}-{index}")
+    for path in DOCUMENTS
+    for index, snippet in enumerate(snippets(str(path.relative_to(ROOT))))
+]
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_snippet_runs(snippet, backend, capsys):
+    """And says what its comments promise: ``print(...)  # prints: what``."""
     run(snippet)
+    promised = re.findall(r"# prints: (.*)$", snippet, re.MULTILINE)
+    assert not promised or capsys.readouterr().out.splitlines() == promised
 
 
 def test_quickstart_differs_from_torch_in_the_import_only():

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import data, module, outputs_and_gradients, parametrize, small, threads
-from tolerance import check, error
+from cases import data, module, outputs_and_gradients, parametrize, small, tensors, threads
+from tolerance import check, worst
 
 import fastrnn
 
@@ -88,20 +88,29 @@ def _hidden(case, states):
     return tuple(states) if case.kind.startswith("lstm") else states[0]
 
 
-@pytest.mark.parametrize("which", OPTIONS)
-@parametrize(TABLE + [replace(case, dtype=torch.float64) for case in TABLE[5:15]])
-def test_against_segments_apart(case, which, backend):
+def compare_apart(case, which, backend):
     chosen = options(case, which)
     with threads(2 if backend == "native" else 1):
         ours = outputs_and_gradients(module(case), *data(case), **chosen)
     own = torch.float32 if case.dtype == torch.float64 else case.dtype
     theirs = outputs_and_gradients(Apart(case, own), *data(case, own), **chosen)
     oracle = outputs_and_gradients(Apart(case, torch.float64), *data(case, torch.float64), **chosen)
-    # Torch sums a weight's gradient segment by segment here, and ours is one sum over the batch: what torch errs in its
-    # worst tensor, relative to the largest value there, is its own error for each.
-    own = max(error(theirs[name], value) / value.abs().max().item() for name, value in oracle.items())
+    own = worst(theirs, oracle)  # torch sums a weight's gradient segment by segment here, we over the whole batch
     for name, value in ours.items():
-        check(name, value, theirs[name], oracle[name], dtype=case.dtype, own=own * oracle[name].abs().max().item())
+        largest = oracle[name].abs().max().item()
+        check(name, value, theirs[name], oracle[name], dtype=case.dtype, own=own * largest)
+
+
+@pytest.mark.parametrize("which", OPTIONS)
+@parametrize(TABLE + [replace(case, dtype=torch.float64) for case in TABLE[5:15]])
+def test_against_segments_apart(case, which, backend):
+    compare_apart(case, which, backend)
+
+
+@pytest.mark.parametrize("which", OPTIONS)
+@parametrize([replace(case, dtype=dtype) for case in TABLE[::7] for dtype in (torch.bfloat16, torch.float16)])
+def test_against_segments_apart_16_bit(case, which, backend):
+    compare_apart(case, which, backend)
 
 
 @pytest.mark.parametrize("which", OPTIONS)
@@ -110,18 +119,21 @@ def test_against_segments_apart(case, which, backend):
     + small(dtype=torch.float64, steps=4, inputs=2, hidden=2, layout="batch_first")
 )
 def test_gradcheck(case, which, backend):
-    if case.kind == "rnn_relu":
-        pytest.skip("finite differences cross the kink; the other cells share every line of this")
     net = module(case)
     input, hx = data(case)
-    states = hx if isinstance(hx, tuple) else (hx,)
+    states, parameters, names = tensors(hx), list(net.parameters()), list(dict(net.named_parameters()))
+    if case.kind == "rnn_relu":  # keep away from the kink
+        input, *states = (tensor.detach().abs().requires_grad_() for tensor in (input, *states))
+        for parameter in parameters:
+            parameter.data.abs_()
     chosen = options(case, which)
 
-    def function(input, *states):
-        output, hidden = net(input, _hidden(case, states), **chosen)
-        return (output, *hidden) if isinstance(hidden, tuple) else (output, hidden)
+    def function(input, *rest):
+        weights = dict(zip(names, rest[len(states) :], strict=True))
+        arguments = (input, _hidden(case, rest[: len(states)]))
+        return tuple(tensors(torch.func.functional_call(net, weights, arguments, chosen)))
 
-    arguments = (input, *states)
+    arguments = (input, *states, *parameters)
     assert torch.autograd.gradcheck(function, arguments, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, arguments, fast_mode=True)
 
@@ -174,6 +186,83 @@ def test_dropped_initial_state_reaches_nothing(case, poison, backend):
     for name, value in found.items():
         assert torch.equal(value, expected[name]), name
         assert not name.startswith("grad of h") or not value.any(), name
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf], ids=["nan", "inf"])
+@parametrize(small(num_layers=2, bidirectional=True))
+def test_dropped_rows_of_an_initial_state_reach_nothing(case, poison, backend):
+    """Some rows drop what enters the forward direction; what enters the reverse one, and the other rows, is kept."""
+    reset = torch.zeros(case.steps, case.batch, dtype=torch.bool)
+    reset[0, 1:] = True
+    input, hx = data(case)
+    dropped = (torch.arange(2 * case.num_layers) % 2 == 0).unsqueeze(1) & reset[0]  # [L*D, N]
+    runs = []
+    for value in (poison, 0.0):
+        states = [torch.where(dropped.unsqueeze(-1), value, state.detach()) for state in tensors(hx)]
+        runs.append(outputs_and_gradients(module(case), input, _hidden_leaf(case, states), reset=reset))
+    found, expected = runs
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
+        if name.startswith("grad of h"):
+            assert not value[dropped].any(), name
+            assert value[~dropped].any(), name
+
+
+@parametrize(small(num_layers=2, bidirectional=True, steps=5))
+def test_reset_of_the_first_step(case, backend):
+    """It discards the initial state of the forward direction; that of the reverse one enters at the last step."""
+    reset = torch.zeros(case.steps, case.batch, dtype=torch.bool)
+    reset[0] = True
+    input, hx = data(case)
+    found = outputs_and_gradients(module(case), input, hx, reset=reset)
+    for index in range(len(tensors(hx))):
+        gradient = found[f"grad of h{index}"]
+        assert not gradient[0::2].any()
+        for layer in (1, 3):
+            assert gradient[layer].any()
+        changed = [other.detach().clone() for other in tensors(hx)]
+        changed[index][0::2] += 1
+        again = outputs_and_gradients(module(case), input, _hidden_leaf(case, changed), reset=reset)
+        for name, value in again.items():
+            assert torch.equal(value, found[name]), name
+        changed[index][1::2] += 1
+        output = module(case)(input, _hidden_leaf(case, changed), reset=reset)[0]
+        assert not torch.equal(output[-1], found["output[0]"][-1])
+
+
+@parametrize(
+    small(num_layers=2, bidirectional=True, steps=7, batch=17) + small(layout="batch_first", steps=7, batch=17)
+)
+def test_reset_beyond_a_length_is_ignored(case, backend):
+    chosen = options(case, "both")
+    valid = torch.arange(case.steps).unsqueeze(1) < chosen["lengths"]
+    valid = valid.T if case.batch_first else valid
+    expected = outputs_and_gradients(module(case), *data(case), **chosen | {"reset": chosen["reset"] & valid})
+    for reset in (chosen["reset"], chosen["reset"] | ~valid):
+        found = outputs_and_gradients(module(case), *data(case), **chosen | {"reset": reset})
+        for name, value in found.items():
+            assert torch.equal(value, expected[name]), name
+
+
+@parametrize(small(num_layers=2, bidirectional=True, steps=5) + small(layout="batch_first", hx=False))
+def test_length_zero(case, backend):
+    """Nothing is visited: the initial states come out, and what leads back to them is the identity."""
+    for lengths in (torch.zeros(case.batch, dtype=torch.int64), torch.tensor([0, case.steps, 0])):
+        input, hx = data(case)
+        found = outputs_and_gradients(module(case), input, hx, lengths=lengths)
+        empty = lengths == 0
+        output, gradient = (found[name].transpose(0, 1 - case.batch_first) for name in ("output[0]", "grad of input"))
+        assert not output[empty].any()
+        assert not gradient[empty].any()
+        initial = tensors(hx) or [torch.zeros(())] * 2
+        for index, final in enumerate(value for name, value in found.items() if name in ("output[1]", "output[2]")):
+            assert torch.equal(final[:, empty], initial[index].expand_as(final)[:, empty])
+        if hx is not None:
+            finals = tensors(module(case)(input, hx, lengths)[1])
+            gradients = torch.autograd.grad([final.sum() for final in finals], tensors(hx))
+            assert all((gradient[:, empty] == 1).all() for gradient in gradients)
+        if empty.all():
+            assert not any(value.any() for name, value in found.items() if "weight" in name or "bias" in name)
 
 
 @parametrize(small(num_layers=2, steps=5) + small(bidirectional=True, steps=5))
@@ -255,6 +344,24 @@ BAD = [
 def test_bad_features(name, arguments, error, message, backend):
     with pytest.raises(error, match=message):
         getattr(fastrnn, name)(3, 3)(torch.randn(4, 3, 3), **arguments)
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_features_on_another_device(name, backend):
+    """The meta device, which every machine has: numbers that are not there, and an input that has none either."""
+    net, input = getattr(fastrnn, name)(3, 3), torch.randn(4, 3, 3)
+    lengths = torch.ones(3, dtype=torch.int64, device="meta")
+    reset = torch.zeros(4, 3, dtype=torch.bool, device="meta")
+    with pytest.raises(ValueError, match=r"lengths should be on the device of input \(cpu\)"):
+        net(input, lengths=lengths)
+    with pytest.raises(ValueError, match=r"reset should be on the device of input \(cpu\)"):
+        net(input, reset=reset)
+    net, input = net.to("meta"), input.to("meta")
+    assert net(input, None, lengths, reset)[0].shape == (4, 3, 3)
+    for lengths in (torch.tensor([4, 0, 2]), torch.tensor([4, 0, 2], dtype=torch.uint8)):
+        assert net(input, lengths=lengths, reset=torch.zeros(4, 3, dtype=torch.bool))[0].is_meta
+    with pytest.raises(RuntimeError, match="lengths should be between 0 and 4, got 5 at index 2"):
+        net(input, lengths=torch.tensor([4, 0, 5]))
 
 
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
