@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ._stack import stack
+from ._stack import plain_layer, stack
 
 __all__ = ["GRU", "LSTM", "RNN", "LSTMStates", "States"]
 
@@ -150,24 +150,34 @@ class _Layers(torch.nn.RNNBase):
         batch_sizes: Tensor | None,
         need_steps: bool,
     ) -> tuple[Tensor, Any, list[Tensor]]:
-        output, final, steps = stack(
-            _CELLS[self.mode],
-            input,
-            (hx,) if isinstance(hx, Tensor) else hx,
-            self._weights(),
-            self.bias,
-            self.num_layers,
-            self.dropout,
-            self.training,
-            self.bidirectional,
-            self.batch_first,
-            lengths,
-            reset,
-            batch_sizes,
-            need_steps,
-        )
-        hidden = (final[0], final[1]) if self.mode == "LSTM" else final[0]
-        return output, hidden, self._gather_steps(steps) if need_steps else []
+        cell, weights = _CELLS[self.mode], self._weights()
+        states = (hx,) if isinstance(hx, Tensor) else hx
+        hidden: Sequence[Tensor]
+        steps: list[list[Tensor]] = []
+        result = None
+        if self.num_layers == 1 and lengths is None and reset is None and batch_sizes is None and not need_steps:
+            result = plain_layer(cell, input, states or (), weights, self.bidirectional, self.batch_first)
+        if result is not None:
+            output, hidden = result[0], result[1:]
+        else:
+            output, hidden, steps = stack(
+                cell,
+                input,
+                states,
+                weights,
+                self.bias,
+                self.num_layers,
+                self.dropout,
+                self.training,
+                self.bidirectional,
+                self.batch_first,
+                lengths,
+                reset,
+                batch_sizes,
+                need_steps,
+            )
+        final = (hidden[0], hidden[1]) if self.mode == "LSTM" else hidden[0]
+        return output, final, self._gather_steps(steps) if need_steps else []
 
     def _gather_steps(self, by_layer: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """Of each state, ``[..., D*H]`` for every layer, one ``[L*D, ..., H]``."""
