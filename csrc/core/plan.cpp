@@ -10,7 +10,7 @@ constexpr double kFlopsPerMicrosecond = 50e3;
 constexpr double kRegionMicroseconds = 4;     // to open a parallel region
 constexpr double kBarrierMicroseconds = 0.3;  // one barrier, the other core a little late
 constexpr int64_t kNaturalRows = 4;           // dot products read the weights once a row: few rows only
-constexpr int64_t kFullTile = 6;              // rows of a register tile
+constexpr int64_t kOwnRows = 16;               // of a member, from which it uses the weights often enough to have all of them
 constexpr int64_t kFusedRows = 8;  // from here on, a step reuses w_ih enough to multiply x within the tiles
 constexpr int64_t kNarrowInput = 8;  // fewer columns than a GEMM is good for
 constexpr int64_t kUnitsPerShare = 16;  // what a member must get of the units to be of use
@@ -33,14 +33,14 @@ void share_work(const CpuProblem& p, const CpuMachine& machine, CpuPlan& plan) {
   if (p.directions == 2) plan.threads = 2;
   if (per_direction == 1) return;
 
-  const int64_t weight_bytes = p.gates * s.units * s.outputs * p.element_size;
-  const bool full_tiles = p.batch >= per_direction * kFullTile;
+  const int64_t weight_bytes = p.gates * s.units * (s.inputs + s.outputs) * p.element_size;
+  const bool enough_rows = p.batch >= per_direction * kOwnRows;
   const bool weights_fit = weight_bytes <= machine.l2_bytes / 2;
   const int unit_shares = static_cast<int>(std::min<int64_t>(per_direction, s.units / kUnitsPerShare));
   const double barriers = kBarrierMicroseconds * (s.projected ? 2 : 1);
   const bool units_pay = unit_shares > 1 && step / unit_shares + barriers < 0.9 * step;
   // Rows of unequal length would leave members of a shared batch idle.
-  const bool batch_pays = p.batch >= per_direction && !p.ragged && !(units_pay && !(full_tiles && weights_fit));
+  const bool batch_pays = p.batch >= per_direction && !p.ragged && !(units_pay && !(enough_rows && weights_fit));
   if (batch_pays) {
     plan.threads = per_direction * p.directions;
   } else if (units_pay) {

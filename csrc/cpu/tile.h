@@ -60,7 +60,11 @@ FASTRNN_INLINE void accumulate(Vec<T> (&sum)[kRows][kVectors], const Packed<T>& 
     for (; k + kPartials <= end; k += kPartials) {
 #pragma GCC unroll 32
       for (int p = 0; p < kPartials; ++p) {
-        if constexpr (kPartials == 1) __builtin_prefetch(packed.ahead + k * kVectors * kLanes, 0, 2);
+        if constexpr (kPartials == 1) {
+          __builtin_prefetch(packed.ahead + k * kVectors * kLanes, 0, 2);
+#pragma GCC unroll 32
+          for (int v = 0; v < kVectors; ++v) __builtin_prefetch(w + (8 * kVectors + v) * kLanes, 0, 3);
+        }
         V weight[kVectors];
 #pragma GCC unroll 32
         for (int v = 0; v < kVectors; ++v) weight[v] = V::loadu(w + (p * kVectors + v) * kLanes);
