@@ -167,21 +167,10 @@ class BackwardScan {
     const T* separate[kRows];
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) {
-      const Row& row = rows[r];
-      gates[r] = row.next_gates;
-      separate[r] = row.next_gates + kGates * units;
-#pragma GCC unroll 32
-      for (int v = 0; v < kVectors; ++v) {
-        const int64_t j = block * kWidth + v * kLanes, count = outputs - j;
-        V x(0);
-        if (count > 0) {
-          if (row.grad_output != nullptr) x = x + load(row.grad_output + j, count);
-          if (row.grad_h_n != nullptr) x = x + load(row.grad_h_n + j, count);
-          if (kState == ElementState::kHidden && row.carry_in != nullptr) x = x + load(row.carry_in + j, count);
-        }
-        sum[r][v] = x;
-      }
+      gates[r] = rows[r].next_gates;
+      separate[r] = rows[r].next_gates + kGates * units;
     }
+    set_zero(sum);
     if (recurrent) {
       constexpr int kAdding = kGates - kSeparate;
       const auto [w, ahead] = packed_block<kVectors>(s_.packed, kGates * units, block, next, first / kRows);
@@ -197,13 +186,23 @@ class BackwardScan {
       for (int v = 0; v < kVectors; ++v) {
         const int64_t j = block * kWidth + v * kLanes, count = outputs - j;
         if (count <= 0) continue;
+        const V grad_h = sum[r][v] + incoming(rows[r], j, count);
         if constexpr (kProjected) {
-          store(rows[r].grad_projected + j, sum[r][v], count);
+          store(rows[r].grad_projected + j, grad_h, count);
         } else {
-          finish(rows[r], j, sum[r][v], count);
+          finish(rows[r], j, grad_h, count);
         }
       }
     }
+  }
+
+  // What reaches h_t but by the recurrent product.
+  FASTRNN_INLINE V incoming(const Row& row, int64_t j, int64_t count) const {
+    V x(0);
+    if (row.grad_output != nullptr) x = x + load(row.grad_output + j, count);
+    if (row.grad_h_n != nullptr) x = x + load(row.grad_h_n + j, count);
+    if (kState == ElementState::kHidden && row.carry_in != nullptr) x = x + load(row.carry_in + j, count);
+    return x;
   }
 
   void projection_phase(int64_t s, const Row* rows, int64_t count) const {
@@ -218,11 +217,8 @@ class BackwardScan {
     V sum[kRows][kVectors];
     const T* grad[kRows];
 #pragma GCC unroll 32
-    for (int r = 0; r < kRows; ++r) {
-      grad[r] = rows[r].grad_projected;
-#pragma GCC unroll 32
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = V(0);
-    }
+    for (int r = 0; r < kRows; ++r) grad[r] = rows[r].grad_projected;
+    set_zero(sum);
     accumulate<kRows, kVectors, T>(
         sum, packed_block<kVectors>(s_.projection, shape_.outputs, block, next, first / kRows), grad, shape_.outputs);
 #pragma GCC unroll 32

@@ -196,16 +196,8 @@ class ForwardScan {
     const T* h[kRows];
     const T* x[kRows];
 #pragma GCC unroll 32
-    for (int r = 0; r < kRows; ++r) {
-      h[r] = rows[r].h;
-      x[r] = rows[r].input;
-#pragma GCC unroll 32
-      for (int v = 0; v < kVectors; ++v) {
-        const int g = v / kUnitVectors;
-        const int64_t j = begin + v % kUnitVectors * kLanes, count = units - j;
-        sum[r][v] = count <= 0 ? V(0) : kFused ? bias(g, j, count) : start(rows[r], g, j, count);
-      }
-    }
+    for (int r = 0; r < kRows; ++r) h[r] = rows[r].h, x[r] = rows[r].input;
+    set_zero(sum);
     if constexpr (kFused) {
       const int64_t inputs = shape_.inputs;
       accumulate<kRows, kVectors, T>(sum, packed_block<kVectors>(s_.packed_input, inputs, block, next, number), x,
@@ -213,10 +205,9 @@ class ForwardScan {
 #pragma GCC unroll 32
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 32
-        for (int v = kVectors - kSeparateVectors; v < kVectors; ++v) {  // the separate gates begin again
-          const int64_t j = begin + v % kUnitVectors * kLanes, count = units - j;
-          input_part[r][v - kVectors + kSeparateVectors] = sum[r][v];
-          sum[r][v] = count <= 0 ? V(0) : bias(v / kUnitVectors + kSeparate, j, count);
+        for (int v = 0; v < kSeparateVectors; ++v) {  // the separate gates begin again
+          input_part[r][v] = sum[r][kVectors - kSeparateVectors + v];
+          sum[r][kVectors - kSeparateVectors + v] = V(0);
         }
       }
     }
@@ -233,13 +224,17 @@ class ForwardScan {
         V gate[kGates + kSeparate];
 #pragma GCC unroll 32
         for (int g = 0; g < kGates; ++g) {
-          const V v = sum[r][g * kUnitVectors + u];
+          V product = sum[r][g * kUnitVectors + u];
+          if (!kFused && rows[r].product != nullptr) {
+            product = product + load(rows[r].product + g * units + j, count);
+          }
+          V input = bias(g, j, count);
+          if (!kFused) input = input + load(rows[r].gates + g * units + j, count);
           if (g < kAdding) {
-            gate[g] = v;
+            gate[g] = input + product;
           } else {
-            gate[g] = kFused ? input_part[r][(g - kAdding) * kUnitVectors + u]
-                             : load(rows[r].gates + g * units + j, count) + bias(g, j, count);
-            gate[g + kSeparate] = v;
+            gate[g] = kFused ? input + input_part[r][(g - kAdding) * kUnitVectors + u] : input;
+            gate[g + kSeparate] = bias(g + kSeparate, j, count) + product;
           }
         }
         finish(rows[r], j, count, gate);
@@ -249,14 +244,6 @@ class ForwardScan {
 
   // Of gate g; those of the recurrent parts of separate gates lie behind the gates.
   FASTRNN_INLINE V bias(int g, int64_t j, int64_t count) const { return load(p_.bias + g * shape_.units + j, count); }
-
-  // What gate g starts from: bias and input projection; for a separate gate only the bias of its recurrent part.
-  FASTRNN_INLINE V start(const Row& row, int g, int64_t j, int64_t count) const {
-    const int64_t at = g * shape_.units + j;
-    V v = g < kAdding ? bias(g, j, count) + load(row.gates + at, count) : bias(g + kSeparate, j, count);
-    if (row.product != nullptr) v = v + load(row.product + at, count);
-    return v;
-  }
 
   // The cell, and where its results go.
   FASTRNN_INLINE void finish(const Row& row, int64_t j, int64_t count, const V (&gate)[kGates + kSeparate]) const {
@@ -333,11 +320,8 @@ class ForwardScan {
     V sum[kRows][kOutputVectors];
     const T* activation[kRows];
 #pragma GCC unroll 32
-    for (int r = 0; r < kRows; ++r) {
-      activation[r] = rows[r].activation;
-#pragma GCC unroll 32
-      for (int v = 0; v < kOutputVectors; ++v) sum[r][v] = V(0);
-    }
+    for (int r = 0; r < kRows; ++r) activation[r] = rows[r].activation;
+    set_zero(sum);
     accumulate<kRows, kOutputVectors, T>(
         sum, packed_block<kOutputVectors>(s_.projection, shape_.units, block, next, first / kRows), activation,
         shape_.units);

@@ -33,70 +33,97 @@ FASTRNN_INLINE Packed<T> packed_block(const T* packed, int64_t depth, int64_t bl
   return {packed + block * depth * kWidth, packed + next * depth * kWidth + tile % kVectors * Vec<T>::size()};
 }
 
-// sum[r][v] += over k: a[r][k] * w[k][v], with w packed [k][vectors][lanes]. The tiles of a block fetch the next block
-// from L3 meanwhile, one line a k, which costs nothing beside the FMAs.
-// Products are small beside what `sum` starts from, and thousands of them added to it one by one would each be rounded
-// as it is: so every chunk of k is summed from zero, and then added.
-template <int kRows, int kVectors, class T>
-FASTRNN_INLINE void accumulate(Vec<T> (&sum)[kRows][kVectors], const Packed<T>& packed, const T* const (&a)[kRows],
-                               int64_t depth) {
+template <int kRows, int kVectors, class V>
+FASTRNN_INLINE void set_zero(V (&sum)[kRows][kVectors]) {
+#pragma GCC unroll 32
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 32
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = V(0);
+  }
+}
+
+// sum += over k in [begin, end): a[r][k] * w[k][v]. // The tiles of a block fetch the next block from L3 meanwhile, one line a k, and their own from L2 a little ahead: both
+// cost nothing beside the FMAs.
+template <int kPartials, int kRows, int kVectors, class T>
+FASTRNN_INLINE void multiply(Vec<T> (&sum)[kRows][kVectors], const Packed<T>& packed, const T* const (&a)[kRows],
+                             int64_t begin, int64_t end) {
   using V = Vec<T>;
   constexpr int kLanes = V::size();
-  constexpr int kPartials = partial_sums(kRows, kVectors);
-  constexpr int64_t kChunk = 128;
-  const T* w = packed.block;
-  for (int64_t begin = 0; begin < depth; begin += kChunk) {
-    const int64_t end = begin + kChunk < depth ? begin + kChunk : depth;
-    V partial[kPartials][kRows][kVectors];
+  constexpr int64_t kAhead = 8;  // of k
+  const T* w = packed.block + begin * kVectors * kLanes;
+  V partial[kPartials][kRows][kVectors];
 #pragma GCC unroll 32
-    for (int p = 0; p < kPartials; ++p) {
-#pragma GCC unroll 32
-      for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 32
-        for (int v = 0; v < kVectors; ++v) partial[p][r][v] = V(0);
-      }
-    }
-    int64_t k = begin;
-    for (; k + kPartials <= end; k += kPartials) {
-#pragma GCC unroll 32
-      for (int p = 0; p < kPartials; ++p) {
-        if constexpr (kPartials == 1) {
-          __builtin_prefetch(packed.ahead + k * kVectors * kLanes, 0, 2);
-#pragma GCC unroll 32
-          for (int v = 0; v < kVectors; ++v) __builtin_prefetch(w + (8 * kVectors + v) * kLanes, 0, 3);
-        }
-        V weight[kVectors];
-#pragma GCC unroll 32
-        for (int v = 0; v < kVectors; ++v) weight[v] = V::loadu(w + (p * kVectors + v) * kLanes);
-#pragma GCC unroll 32
-        for (int r = 0; r < kRows; ++r) {
-          const V x(a[r][k + p]);
-#pragma GCC unroll 32
-          for (int v = 0; v < kVectors; ++v) partial[p][r][v] = at::vec::fmadd(x, weight[v], partial[p][r][v]);
-        }
-      }
-      w += kPartials * kVectors * kLanes;
-    }
-    for (; k < end; ++k) {
-#pragma GCC unroll 32
-      for (int r = 0; r < kRows; ++r) {
-        const V x(a[r][k]);
-#pragma GCC unroll 32
-        for (int v = 0; v < kVectors; ++v) {
-          partial[0][r][v] = at::vec::fmadd(x, V::loadu(w + v * kLanes), partial[0][r][v]);
-        }
-      }
-      w += kVectors * kLanes;
-    }
+  for (int p = 0; p < kPartials; ++p) {
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 32
-      for (int v = 0; v < kVectors; ++v) {
-        V total = partial[0][r][v];
+      for (int v = 0; v < kVectors; ++v) partial[p][r][v] = p == 0 ? sum[r][v] : V(0);
+    }
+  }
+  int64_t k = begin;
+  for (; k + kPartials <= end; k += kPartials) {
 #pragma GCC unroll 32
-        for (int p = 1; p < kPartials; ++p) total = total + partial[p][r][v];
-        sum[r][v] = sum[r][v] + total;
+    for (int p = 0; p < kPartials; ++p) {
+      if constexpr (kPartials == 1) {
+        __builtin_prefetch(packed.ahead + k * kVectors * kLanes, 0, 2);
+#pragma GCC unroll 32
+        for (int v = 0; v < kVectors; ++v) __builtin_prefetch(w + (kAhead * kVectors + v) * kLanes, 0, 3);
       }
+      V weight[kVectors];
+#pragma GCC unroll 32
+      for (int v = 0; v < kVectors; ++v) weight[v] = V::loadu(w + (p * kVectors + v) * kLanes);
+#pragma GCC unroll 32
+      for (int r = 0; r < kRows; ++r) {
+        const V x(a[r][k + p]);
+#pragma GCC unroll 32
+        for (int v = 0; v < kVectors; ++v) partial[p][r][v] = at::vec::fmadd(x, weight[v], partial[p][r][v]);
+      }
+    }
+    w += kPartials * kVectors * kLanes;
+  }
+  for (; k < end; ++k) {
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) {
+      const V x(a[r][k]);
+#pragma GCC unroll 32
+      for (int v = 0; v < kVectors; ++v) {
+        partial[0][r][v] = at::vec::fmadd(x, V::loadu(w + v * kLanes), partial[0][r][v]);
+      }
+    }
+    w += kVectors * kLanes;
+  }
+#pragma GCC unroll 32
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 32
+    for (int v = 0; v < kVectors; ++v) {
+      sum[r][v] = partial[0][r][v];
+#pragma GCC unroll 32
+      for (int p = 1; p < kPartials; ++p) sum[r][v] = sum[r][v] + partial[p][r][v];
+    }
+  }
+}
+
+// sum[r][v] += over k: a[r][k] * w[k][v], with w packed [k][vectors][lanes].
+// Products are small beside a bias, an input projection or an incoming gradient, and thousands of them added to it one
+// by one would each be rounded as it is. So callers begin with zero and add what they have last, and a long sum is one
+// of chunks.
+template <int kRows, int kVectors, class T>
+FASTRNN_INLINE void accumulate(Vec<T> (&sum)[kRows][kVectors], const Packed<T>& packed, const T* const (&a)[kRows],
+                               int64_t depth) {
+  constexpr int kPartials = partial_sums(kRows, kVectors);
+  constexpr int64_t kChunk = 192;
+  if (depth <= kChunk) {
+    multiply<kPartials>(sum, packed, a, 0, depth);
+    return;
+  }
+  for (int64_t begin = 0; begin < depth; begin += kChunk) {
+    Vec<T> chunk[kRows][kVectors];
+    set_zero(chunk);
+    multiply<kPartials>(chunk, packed, a, begin, begin + kChunk < depth ? begin + kChunk : depth);
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 32
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = sum[r][v] + chunk[r][v];
     }
   }
 }
