@@ -225,12 +225,16 @@ struct DirectionGradients {
   Tensor x;               // [rows, I]
 
   Tensor input_gates() const { return grad_gates.narrow(1, 0, cell.gates * z.units); }
-  // The recurrent part of the separate gates has its gradients behind those of the gates.
-  Tensor recurrent_gates() const {
-    if (cell.separate == 0) return grad_gates;
+
+  // f of the gradients of the recurrent gates: the separate ones have theirs behind those of the gates, so f sees the two
+  // parts one after the other, and its results, one entry a gate in dimension `at`, become one.
+  template <class F>
+  Tensor of_recurrent_gates(int64_t at, const F& f) const {
+    if (cell.separate == 0) return f(grad_gates);
     const int64_t together = (cell.gates - cell.separate) * z.units;
     return at::cat(
-        {grad_gates.narrow(1, 0, together), grad_gates.narrow(1, cell.gates * z.units, cell.separate * z.units)}, 1);
+        {f(grad_gates.narrow(1, 0, together)), f(grad_gates.narrow(1, cell.gates * z.units, cell.separate * z.units))},
+        at);
   }
 };
 
@@ -335,13 +339,15 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
                       : grad_x.addmm_(g.input_gates(), weights[l.w_ih(d)]);
     }
     if (wants_weight(l.w_ih(d))) put(l.w_ih(d), reduction.outer(g.input_gates(), x));
-    const bool wants_b_hh = l.biases && wants_weight(l.b_hh(d));
-    const Tensor recurrent = wants_weight(l.w_hh(d)) || wants_b_hh ? g.recurrent_gates() : Tensor();
-    if (wants_weight(l.w_hh(d))) put(l.w_hh(d), reduction.outer(recurrent, g.previous));
+    const int64_t at = groups > 0 ? 1 : 0;
+    if (wants_weight(l.w_hh(d))) {
+      put(l.w_hh(d), g.of_recurrent_gates(at, [&](const Tensor& t) { return reduction.outer(t, g.previous); }));
+    }
     if (l.biases && wants_weight(l.b_ih(d))) put(l.b_ih(d), reduction.sum(g.input_gates()));
-    if (wants_b_hh) {
+    if (l.biases && wants_weight(l.b_hh(d))) {
       const bool same = cell.separate == 0 && wants_weight(l.b_ih(d));
-      put(l.b_hh(d), same ? result[first_weight + l.b_ih(d)].clone() : reduction.sum(recurrent));
+      put(l.b_hh(d), same ? result[first_weight + l.b_ih(d)].clone()
+                          : g.of_recurrent_gates(at, [&](const Tensor& t) { return reduction.sum(t); }));
     }
     if (l.projected && wants_weight(l.w_hr(d))) put(l.w_hr(d), reduction.outer(g.grad_projected, g.activation));
   }
