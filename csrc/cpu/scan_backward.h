@@ -8,7 +8,8 @@ namespace fastrnn {
 inline namespace CPU_CAPABILITY {
 
 template <class Cell, class T>
-class BackwardScan {
+class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> {
+  friend ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>>;
   using V = Vec<T>;
   static constexpr int kLanes = V::size();
   static constexpr int kGates = Cell::kGates, kSeparate = Cell::kSeparate;
@@ -40,21 +41,6 @@ class BackwardScan {
     Row* rows;  // [members][N]
   };
 
- public:
-  static int64_t scratch_bytes(const Scan& scan) {
-    Arena arena(nullptr);
-    for (int d = 0; d < scan.directions; ++d) lay_out(scan, arena);
-    return arena.used();
-  }
-
-  static void run(const Scan& scan, const BackwardParams<T>* params, void* memory) {
-    Arena arena(memory);
-    Scratch scratch[kMaxDirections];
-    for (int d = 0; d < scan.directions; ++d) scratch[d] = lay_out(scan, arena);
-    run_directions(scan, [&](int d, const Place& place) { BackwardScan(scan, params[d], scratch[d], place).run(); });
-  }
-
- private:
   const Scan& scan_;
   const LayerShape& shape_;
   const Rows& rows_;
@@ -81,7 +67,7 @@ class BackwardScan {
   int64_t unit_blocks() const { return blocks(shape_.units, kWidth); }
   int64_t output_blocks() const { return blocks(shape_.outputs, kWidth); }
 
-  void run() const {
+  void visit_steps() const {
     prepare();
     place_.wait();
     Row* rows = s_.rows + place_.member * rows_.batch;

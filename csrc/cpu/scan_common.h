@@ -77,6 +77,25 @@ void run_directions(const Scan& scan, const Work& work) {
   });
 }
 
+// How a scan is entered, forward and backward alike: scratch memory for each direction, and one run of `Direction` for
+// each on its team. A Direction has lay_out(scan, arena), a constructor from what is its own, and visit_steps().
+template <class Direction, class Params>
+struct ScanEntry {
+  static int64_t scratch_bytes(const Scan& scan) {
+    Arena arena(nullptr);
+    for (int d = 0; d < scan.directions; ++d) Direction::lay_out(scan, arena);
+    return arena.used();
+  }
+
+  static void run(const Scan& scan, const Params* params, void* memory) {
+    Arena arena(memory);
+    decltype(Direction::lay_out(scan, arena)) scratch[kMaxDirections];
+    for (int d = 0; d < scan.directions; ++d) scratch[d] = Direction::lay_out(scan, arena);
+    run_directions(scan,
+                   [&](int d, const Place& place) { Direction(scan, params[d], scratch[d], place).visit_steps(); });
+  }
+};
+
 // Calls f(block, the block after it) over a range, back and forth: on odd steps it begins with the weights that the
 // cache still holds.
 template <class F>

@@ -8,7 +8,8 @@ namespace fastrnn {
 inline namespace CPU_CAPABILITY {
 
 template <class Cell, class T>
-class ForwardScan {
+class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
+  friend ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>>;
   using V = Vec<T>;
   static constexpr int kLanes = V::size();
   static constexpr int kGates = Cell::kGates, kSeparate = Cell::kSeparate;
@@ -49,21 +50,6 @@ class ForwardScan {
     Row* rows;  // [members][N]
   };
 
- public:
-  static int64_t scratch_bytes(const Scan& scan) {
-    Arena arena(nullptr);
-    for (int d = 0; d < scan.directions; ++d) lay_out(scan, arena);
-    return arena.used();
-  }
-
-  static void run(const Scan& scan, const ForwardParams<T>* params, void* memory) {
-    Arena arena(memory);
-    Scratch scratch[kMaxDirections];
-    for (int d = 0; d < scan.directions; ++d) scratch[d] = lay_out(scan, arena);
-    run_directions(scan, [&](int d, const Place& place) { ForwardScan(scan, params[d], scratch[d], place).run(); });
-  }
-
- private:
   const Scan& scan_;
   const LayerShape& shape_;
   const Rows& rows_;
@@ -94,7 +80,7 @@ class ForwardScan {
   int64_t unit_blocks() const { return blocks(shape_.units, kUnits); }
   int64_t output_blocks() const { return blocks(shape_.outputs, kOutputs); }
 
-  void run() const {
+  void visit_steps() const {
     prepare();
     place_.wait();
     Row* rows = s_.rows + place_.member * rows_.batch;
