@@ -192,6 +192,8 @@ class Reduction {
  public:
   Reduction(const Sizes& z, bool batch_first, int64_t groups) : z_(z), batch_first_(batch_first), groups_(groups) {}
 
+  bool by_groups() const { return groups_ > 0; }
+
   // grad^T x: [rows, A], [rows, B] -> [A, B] or [groups, A, B]
   Tensor outer(const Tensor& grad, const Tensor& x) const {
     if (groups_ == 0) return at::mm(grad.t(), x);
@@ -225,6 +227,19 @@ struct DirectionGradients {
   Tensor x;               // [rows, I]
 
   Tensor input_gates() const { return grad_gates.narrow(1, 0, cell.gates * z.units); }
+
+  Tensor grad_w_hh(const Reduction& reduction) const {
+    if (cell.separate == 0 || reduction.by_groups()) {
+      return of_recurrent_gates(1, [&](const Tensor& t) { return reduction.outer(t, previous); });
+    }
+    // the same without putting the two parts together afterwards: for one step that copy costs as much as the product
+    Tensor whole = at::empty({cell.gates * z.units, z.outputs}, grad_gates.options());
+    const int64_t together = (cell.gates - cell.separate) * z.units;
+    Tensor first = whole.narrow(0, 0, together), last = whole.narrow(0, together, cell.separate * z.units);
+    at::mm_out(first, grad_gates.narrow(1, 0, together).t(), previous);
+    at::mm_out(last, grad_gates.narrow(1, cell.gates * z.units, cell.separate * z.units).t(), previous);
+    return whole;
+  }
 
   // f of the gradients of the recurrent gates: the separate ones have theirs behind those of the gates, so f sees the two
   // parts one after the other, and its results, one entry a gate in dimension `at`, become one.
@@ -340,9 +355,7 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
     }
     if (wants_weight(l.w_ih(d))) put(l.w_ih(d), reduction.outer(g.input_gates(), x));
     const int64_t at = groups > 0 ? 1 : 0;
-    if (wants_weight(l.w_hh(d))) {
-      put(l.w_hh(d), g.of_recurrent_gates(at, [&](const Tensor& t) { return reduction.outer(t, g.previous); }));
-    }
+    if (wants_weight(l.w_hh(d))) put(l.w_hh(d), g.grad_w_hh(reduction));
     if (l.biases && wants_weight(l.b_ih(d))) put(l.b_ih(d), reduction.sum(g.input_gates()));
     if (l.biases && wants_weight(l.b_hh(d))) {
       const bool same = cell.separate == 0 && wants_weight(l.b_ih(d));
