@@ -218,38 +218,34 @@ class Reduction {
 // One direction of the backward pass after its scan: everything that is a GEMM or a sum.
 struct DirectionGradients {
   const CellTraits& cell;
-  const Layout& l;
   const Sizes& z;
   Tensor grad_gates;      // [rows, (G+S)*H]
   Tensor previous;        // [rows, outputs]
   Tensor grad_projected;  // [rows, P]
   Tensor activation;      // [rows, H] projected only
-  Tensor x;               // [rows, I]
 
   Tensor input_gates() const { return grad_gates.narrow(1, 0, cell.gates * z.units); }
+  // The recurrent gates are these two: the separate ones have theirs behind those of the gates.
+  int64_t adding() const { return (cell.gates - cell.separate) * z.units; }
+  Tensor adding_gates() const { return grad_gates.narrow(1, 0, adding()); }
+  Tensor separate_gates() const { return grad_gates.narrow(1, cell.gates * z.units, cell.separate * z.units); }
 
   Tensor grad_w_hh(const Reduction& reduction) const {
-    if (cell.separate == 0 || reduction.by_groups()) {
-      return of_recurrent_gates(1, [&](const Tensor& t) { return reduction.outer(t, previous); });
+    if (cell.separate == 0) return reduction.outer(grad_gates, previous);
+    if (reduction.by_groups()) {
+      return at::cat({reduction.outer(adding_gates(), previous), reduction.outer(separate_gates(), previous)}, 1);
     }
     // the same without putting the two parts together afterwards: for one step that copy costs as much as the product
     Tensor whole = at::empty({cell.gates * z.units, z.outputs}, grad_gates.options());
-    const int64_t together = (cell.gates - cell.separate) * z.units;
-    Tensor first = whole.narrow(0, 0, together), last = whole.narrow(0, together, cell.separate * z.units);
-    at::mm_out(first, grad_gates.narrow(1, 0, together).t(), previous);
-    at::mm_out(last, grad_gates.narrow(1, cell.gates * z.units, cell.separate * z.units).t(), previous);
+    Tensor first = whole.narrow(0, 0, adding()), last = whole.narrow(0, adding(), cell.separate * z.units);
+    at::mm_out(first, adding_gates().t(), previous);
+    at::mm_out(last, separate_gates().t(), previous);
     return whole;
   }
 
-  // f of the gradients of the recurrent gates: the separate ones have theirs behind those of the gates, so f sees the two
-  // parts one after the other, and its results, one entry a gate in dimension `at`, become one.
-  template <class F>
-  Tensor of_recurrent_gates(int64_t at, const F& f) const {
-    if (cell.separate == 0) return f(grad_gates);
-    const int64_t together = (cell.gates - cell.separate) * z.units;
-    return at::cat(
-        {f(grad_gates.narrow(1, 0, together)), f(grad_gates.narrow(1, cell.gates * z.units, cell.separate * z.units))},
-        at);
+  Tensor grad_b_hh(const Reduction& reduction) const {
+    if (cell.separate == 0) return reduction.sum(grad_gates);
+    return at::cat({reduction.sum(adding_gates()), reduction.sum(separate_gates())}, -1);
   }
 };
 
@@ -287,7 +283,7 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   const Tensor carry = at::zeros({directions, z.batch, z.units}, options);
   const Tensor grad_first = wants_hx ? at::empty({directions, z.batch, cell.gates * z.units}, options) : Tensor();
   for (int d = 0; d < l.directions; ++d) {
-    DirectionGradients g{cell, l, z, {}, {}, {}, {}, {}};
+    DirectionGradients g{cell, z, {}, {}, {}, {}};
     // groups reduce over every row, so those that the scan does not visit have to be zero
     g.grad_gates = valid && groups > 0 ? at::zeros({total, gate_columns}, options)
                                        : at::empty({total, gate_columns}, options);
@@ -354,13 +350,11 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
                       : grad_x.addmm_(g.input_gates(), weights[l.w_ih(d)]);
     }
     if (wants_weight(l.w_ih(d))) put(l.w_ih(d), reduction.outer(g.input_gates(), x));
-    const int64_t at = groups > 0 ? 1 : 0;
     if (wants_weight(l.w_hh(d))) put(l.w_hh(d), g.grad_w_hh(reduction));
     if (l.biases && wants_weight(l.b_ih(d))) put(l.b_ih(d), reduction.sum(g.input_gates()));
     if (l.biases && wants_weight(l.b_hh(d))) {
       const bool same = cell.separate == 0 && wants_weight(l.b_ih(d));
-      put(l.b_hh(d), same ? result[first_weight + l.b_ih(d)].clone()
-                          : g.of_recurrent_gates(at, [&](const Tensor& t) { return reduction.sum(t); }));
+      put(l.b_hh(d), same ? result[first_weight + l.b_ih(d)].clone() : g.grad_b_hh(reduction));
     }
     if (l.projected && wants_weight(l.w_hr(d))) put(l.w_hr(d), reduction.outer(g.grad_projected, g.activation));
   }
