@@ -5,6 +5,7 @@ Used by setup.py (`pip install`), and by the Makefile as a program::
     python tools/native.py check                  # the tools that no package registry brings
     python tools/native.py build                  # fastrnn/_C in the source tree
     python tools/native.py tests [--sanitize]     # the C++ tests; prints nothing that CMake and Ninja do not print
+    python tools/native.py cuda-sim               # the CUDA half on an emulated GPU, for the tests
 
 Only the standard library is imported here: setup.py must work without torch (for an sdist), `check` before any
 environment exists. Environment variables: FASTRNN_NATIVE, FASTRNN_CUDA, MAX_JOBS, and CMake's own (CXX, CXXFLAGS).
@@ -163,6 +164,11 @@ def wants_cuda(torch: ModuleType) -> bool:
     return wanted
 
 
+def cuda_architectures() -> str:
+    """Return the GPUs to build for, as CMake takes them (90a-real;100): FASTRNN_CUDA_ARCH, or empty for the usual."""
+    return os.environ.get("FASTRNN_CUDA_ARCH", "").strip()
+
+
 # --- CMake ------------------------------------------------------------------------------------------------------------
 
 
@@ -192,6 +198,7 @@ def cmake_arguments(torch: ModuleType, build: Path, extra: list[str]) -> list[st
         f"-DFASTRNN_VERSION={version()}",
         f"-DFASTRNN_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
         f"-DFASTRNN_CUDA={int(cuda)}",
+        *([f"-DFASTRNN_CUDA_ARCHITECTURES={architectures}"] if (architectures := cuda_architectures()) else []),
         *extra,
     ]  # fmt: skip
 
@@ -246,6 +253,26 @@ def build_in_place() -> None:
         target.unlink(missing_ok=True)  # one of an earlier build would be loaded
 
 
+def cuda_headers() -> Path | None:
+    """Return the folder of CUDA's headers, None where there are none: what the emulated GPU of the tests needs."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
+    homes += ["/usr/local/cuda", *([str(Path(nvcc).resolve().parent.parent)] if nvcc else [])]
+    found = (Path(home, "include") for home in homes if home and Path(home, "include", "cuda_bf16.h").exists())
+    return next(found, None)
+
+
+def build_cuda_sim() -> Path:
+    """Build the ops of the CUDA half on an emulated GPU and return the library, for torch.ops.load_library."""
+    headers = cuda_headers()
+    if headers is None:
+        raise BuildError("CUDA's headers are not found: install the CUDA toolkit, or set CUDA_HOME")
+    build = ROOT / "build" / "cuda-sim"
+    extra = [f"-DFASTRNN_CUDA_HEADERS={headers}", "-DCMAKE_BUILD_TYPE=Release"]
+    configure_and_build(build, extra, "fastrnn_cuda_sim")
+    return build / "lib" / "libfastrnn_cuda_sim.so"
+
+
 def build_tests(sanitize: bool) -> Path:
     """Build the C++ tests and return the folder in which ctest runs them."""
     build = ROOT / "build" / ("cpp-tests-sanitize" if sanitize else "cpp-tests")
@@ -257,14 +284,16 @@ def build_tests(sanitize: bool) -> Path:
 
 
 def main() -> None:
-    """Run one of the three commands."""
+    """Run one of the commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["check", "build", "tests"])
+    parser.add_argument("command", choices=["check", "build", "tests", "cuda-sim"])
     parser.add_argument("--sanitize", action="store_true", help="build the tests with address and undefined sanitizers")
     arguments = parser.parse_args()
     try:
         if arguments.command == "check":
             check()
+        elif arguments.command == "cuda-sim":
+            build_cuda_sim()
         elif arguments.command == "tests":
             build_tests(arguments.sanitize)
         else:

@@ -7,6 +7,23 @@
 
 namespace fastrnn {
 
+// One row of the batch in time. Whatever a scan asks about lengths and resets is answered here, once for all devices.
+struct Sequence {
+  int64_t length = 0;           // valid steps
+  const bool* reset = nullptr;  // [T] or null: a new sequence starts here
+  int64_t reset_stride = 0;     //
+
+  FASTRNN_INLINE bool resets(int64_t t) const { return reset != nullptr && reset[t * reset_stride]; }
+  // Does a state flow into step t from the step before it in the scan's direction?
+  FASTRNN_INLINE bool flows(int64_t t, bool reverse) const {
+    return reverse ? t + 1 < length && !resets(t + 1) : t > 0 && !resets(t);
+  }
+  // Does the initial state enter at step t?
+  FASTRNN_INLINE bool enters(int64_t t, bool reverse) const { return reverse ? t == length - 1 : t == 0 && !resets(0); }
+  // Is t the step whose state is the final state?
+  FASTRNN_INLINE bool last(int64_t t, bool reverse) const { return t == (reverse ? 0 : length - 1); }
+};
+
 // Which rows a scan visits, and where they lie. T steps, N rows of the batch.
 struct Rows {
   int64_t steps = 0;                   // T
@@ -21,19 +38,9 @@ struct Rows {
   int64_t reset_batch_stride = 0;      //
 
   FASTRNN_INLINE int64_t row(int64_t t, int64_t n) const { return offset[t] + n * batch_stride; }
-  FASTRNN_INLINE bool resets(int64_t t, int64_t n) const {
-    return reset != nullptr && reset[t * reset_step_stride + n * reset_batch_stride];
+  FASTRNN_INLINE Sequence sequence(int64_t n) const {
+    return {length[n], reset == nullptr ? nullptr : reset + n * reset_batch_stride, reset_step_stride};
   }
-  // Does a state flow into step t of row n from the step before it in the scan's direction?
-  FASTRNN_INLINE bool flows(int64_t t, int64_t n, bool reverse) const {
-    return reverse ? t + 1 < length[n] && !resets(t + 1, n) : t > 0 && !resets(t, n);
-  }
-  // Does the initial state of row n enter at step t?
-  FASTRNN_INLINE bool enters(int64_t t, int64_t n, bool reverse) const {
-    return reverse ? t == length[n] - 1 : t == 0 && !resets(0, n);
-  }
-  // Is t the step whose state is the final state of row n?
-  FASTRNN_INLINE bool last(int64_t t, int64_t n, bool reverse) const { return t == (reverse ? 0 : length[n] - 1); }
 };
 
 // How the recurrent projection of a step is computed.

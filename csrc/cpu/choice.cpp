@@ -1,4 +1,4 @@
-// What the rest of the library knows of the kernels: the traits of the cells, and the best table for this machine.
+// The best table of kernels for this machine.
 #include <unistd.h>
 
 #include <cstdlib>
@@ -15,17 +15,6 @@ extern const CpuKernels kernels_avx512;
 #endif
 
 namespace {
-
-template <class Cell>
-constexpr CellTraits traits_of() {
-  return {Cell::kGates, Cell::kSeparate, Cell::kSaved, kStates<Cell>, Cell::kState == ElementState::kHidden};
-}
-
-template <class... Cells>
-const CellTraits& traits_among(CellKind kind, CellList<Cells...>) {
-  static constexpr CellTraits kTraits[] = {traits_of<Cells>()...};
-  return kTraits[static_cast<int>(kind)];
-}
 
 const CpuKernels& choose() {
   const char* variable = std::getenv("FASTRNN_CPU_CAPABILITY");
@@ -46,8 +35,6 @@ const CpuKernels& choose() {
 }
 
 }  // namespace
-
-const CellTraits& traits(CellKind kind) { return traits_among(kind, AllCells()); }
 
 const CpuKernels& cpu_kernels() {
   static const CpuKernels& kernels = choose();

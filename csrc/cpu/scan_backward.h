@@ -110,17 +110,18 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     const int64_t next = p_.reverse ? t - 1 : t + 1, before = p_.reverse ? t + 1 : t - 1;
     for (int64_t i = range.begin; i < end; ++i) {
       const int64_t n = rows_.order[i], row = rows_.row(t, n);
-      const bool last = rows_.last(t, n, p_.reverse);
-      const bool flows_on = !last && rows_.flows(next, n, p_.reverse);
+      const Sequence sequence = rows_.sequence(n);
+      const bool last = sequence.last(t, p_.reverse);
+      const bool flows_on = !last && sequence.flows(next, p_.reverse);
       Row& r = rows[i - range.begin];
       r.next_gates = flows_on ? p_.grad_gates + rows_.row(next, n) * kGradients * units : s_.zeros;
       r.carry = p_.carry + n * units;
       r.carry_in = flows_on ? r.carry : nullptr;
       r.saved = p_.reserve + row * p_.reserve_stride;
       if constexpr (kState == ElementState::kCell) {
-        r.previous = rows_.flows(t, n, p_.reverse)
+        r.previous = sequence.flows(t, p_.reverse)
                          ? p_.reserve + rows_.row(before, n) * p_.reserve_stride + (Cell::kSaved - 1) * units
-                     : rows_.enters(t, n, p_.reverse) && p_.c0 != nullptr ? p_.c0 + n * units
+                     : sequence.enters(t, p_.reverse) && p_.c0 != nullptr ? p_.c0 + n * units
                                                                           : s_.zeros;
       } else {
         r.previous = p_.previous_h + row * outputs;
@@ -243,10 +244,11 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     const int64_t units = shape_.units;
     const Range batch = share(rows_.batch, place_.member, place_.members);
     for (int64_t n = batch.begin; n < batch.end; ++n) {
-      const int64_t length = rows_.length[n], t = p_.reverse ? length - 1 : 0;
+      const Sequence sequence = rows_.sequence(n);
+      const int64_t length = sequence.length, t = p_.reverse ? length - 1 : 0;
       T* first = p_.grad_first + n * kGates * units;
       T* carry = p_.carry + n * units;
-      if (length > 0 && rows_.enters(t, n, p_.reverse)) {
+      if (length > 0 && sequence.enters(t, p_.reverse)) {
         constexpr int kAdding = kGates - kSeparate;
         const T* gates = p_.grad_gates + rows_.row(t, n) * kGradients * units;
         std::copy_n(gates, kAdding * units, first);

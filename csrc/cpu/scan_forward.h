@@ -138,7 +138,8 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     T* next = s_.h + (1 - s % 2) * rows_.batch * outputs;
     for (int64_t i = range.begin; i < end; ++i) {
       const int64_t n = rows_.order[i], row = rows_.row(t, n);
-      const bool flows = rows_.flows(t, n, p_.reverse), enters = rows_.enters(t, n, p_.reverse);
+      const Sequence sequence = rows_.sequence(n);
+      const bool flows = sequence.flows(t, p_.reverse), enters = sequence.enters(t, p_.reverse);
       Row& r = rows[i - range.begin];
       r.h = flows ? now + n * outputs : enters && p_.h0 != nullptr ? p_.h0 + n * outputs : s_.zeros;
       r.gates = p_.gates == nullptr ? nullptr : p_.gates + row * p_.gates_stride;
@@ -147,7 +148,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       r.activation = s_.activation + n * units;
       r.next = next + n * outputs;
       r.output = p_.output + row * p_.output_stride;
-      r.h_n = rows_.last(t, n, p_.reverse) ? p_.h_n + n * outputs : nullptr;
+      r.h_n = sequence.last(t, p_.reverse) ? p_.h_n + n * outputs : nullptr;
       r.cells = p_.cells == nullptr ? nullptr : p_.cells + row * p_.cells_stride;
       if constexpr (kState == ElementState::kCell) {
         r.cell = p_.c_n + n * units;

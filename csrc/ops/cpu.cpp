@@ -1,8 +1,5 @@
-// The ops on the CPU: tensors to params, allocation, and the GEMMs around the scan.
+// The ops on the CPU: tensors to params, and the GEMMs around the scan.
 #include <ATen/Parallel.h>
-#include <ATen/ops/bmm.h>
-#include <ATen/ops/cat.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
@@ -12,7 +9,8 @@
 #include <atomic>
 #include <cstring>
 
-#include "ops/checks.h"
+#include "cpu/kernels.h"
+#include "ops/layer_op.h"
 #include "ops/rows.h"
 
 namespace fastrnn {
@@ -27,28 +25,12 @@ CpuMachine machine() {
   return {serial ? 1 : at::get_num_threads(), l2_cache_bytes()};
 }
 
-// The integers of a layout; tensors with data have no symbolic sizes.
-struct Sizes {
-  int64_t steps, batch, inputs, units, outputs;
-  explicit Sizes(const Layout& l)
-      : steps(l.steps.expect_int()),
-        batch(l.batch.expect_int()),
-        inputs(l.inputs.expect_int()),
-        units(l.units.expect_int()),
-        outputs(l.outputs.expect_int()) {}
-};
-
 Scan make_scan(CellKind kind, const Layout& l, const Sizes& z, const RowTable& table, int element_size, bool backward) {
   Scan scan{kind, {z.inputs, z.units, z.outputs, l.projected}, table.rows(), {}, l.directions};
   const CpuProblem problem{traits(kind).gates, z.steps,      z.batch,        scan.shape,
                            l.directions,       element_size, table.ragged(), backward};
   scan.plan = plan_cpu(problem, machine());
   return scan;
-}
-
-template <class T>
-const T* data(const Tensor& t) {
-  return t.defined() && t.numel() > 0 ? t.const_data_ptr<T>() : nullptr;
 }
 
 // Slice d of a tensor whose first dimension is the direction; null stays null.
@@ -86,30 +68,14 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, const Tenso
   Scan scan = make_scan(kind, l, z, table, sizeof(T), false);
   const bool projects = scan.plan.recurrent == Recurrent::kNatural || scan.plan.fused_input;
   const int64_t directions = l.directions, total = table.total();
-
-  const auto by_rows = [&](int64_t last) {
-    std::vector<int64_t> shape = input.sizes().vec();
-    shape.back() = last;
-    return shape;
-  };
-  const auto allocate = [&](int64_t columns) {
-    return table.ragged() && !l.packed ? at::zeros(by_rows(columns), options) : at::empty(by_rows(columns), options);
-  };
-  Tensors result;
-  result.push_back(allocate(directions * z.outputs));
-  result.push_back(at::empty({directions, z.batch, z.outputs}, options));
-  const bool has_cell = cell.states > 1;
-  if (has_cell) result.push_back(at::empty({directions, z.batch, z.units}, options));
-  if (has_cell && need_steps) result.push_back(allocate(directions * z.units));
+  const bool clear = table.ragged() && !l.packed;
+  LayerResult result(kind, z, input, need_steps, clear);
 
   // The input projection's buffer is the reserve: its first G columns, in units of H, turn into the activated gates.
   // Where the scan multiplies the input itself, and nothing is saved, there is no buffer.
   const int64_t columns = z.units * (need_reserve ? l.reserve_columns_in_units(kind) : cell.gates);
-  std::vector<int64_t> gates_shape = by_rows(columns);
-  gates_shape.insert(gates_shape.begin(), directions);
-  if (projects && !need_reserve) gates_shape.assign({0});
-  Tensor gates = at::empty(gates_shape, options);
-  if (need_reserve && table.ragged() && !l.packed) gates.zero_();
+  Tensor gates = projects && !need_reserve ? at::empty({0}, options)
+                                           : result.allocate_gates(z, columns, options, need_reserve && clear);
 
   const Tensor x = input.reshape({total, z.inputs});
   const int64_t bias_width = (cell.gates + cell.separate) * z.units;
@@ -129,12 +95,12 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, const Tenso
     if (gates.numel() > 0) p.gates = gates.mutable_data_ptr<T>() + d * total * columns;
     p.gates_stride = columns;
     p.save = need_reserve;
-    p.output = result[0].mutable_data_ptr<T>() + d * z.outputs;
+    p.output = result.output.mutable_data_ptr<T>() + d * z.outputs;
     p.output_stride = directions * z.outputs;
-    p.h_n = result[1].mutable_data_ptr<T>() + d * z.batch * z.outputs;
-    if (has_cell) p.c_n = result[2].mutable_data_ptr<T>() + d * z.batch * z.units;
-    if (has_cell && need_steps) {
-      p.cells = result[3].mutable_data_ptr<T>() + d * z.units;
+    p.h_n = result.h_n.mutable_data_ptr<T>() + d * z.batch * z.outputs;
+    if (result.c_n.defined()) p.c_n = result.c_n.mutable_data_ptr<T>() + d * z.batch * z.units;
+    if (result.cells.defined()) {
+      p.cells = result.cells.mutable_data_ptr<T>() + d * z.units;
       p.cells_stride = directions * z.units;
     }
     if (projects) {
@@ -153,8 +119,7 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, const Tenso
   const auto& kernels = cpu_kernels().get<T>(kind);
   const Tensor scratch = at::empty({kernels.forward_scratch(scan)}, options.dtype(at::kByte));
   kernels.forward(scan, params, scratch.mutable_data_ptr());
-  result.push_back(need_reserve ? gates : at::empty({0}, options));
-  return result;
+  return result.with_reserve(need_reserve ? gates : at::empty({0}, options));
 }
 
 // The h that entered each step, [rows, outputs]: the output of the step before, the initial state, or zeros.
@@ -172,9 +137,10 @@ Tensor previous_outputs(const Rows& rows, int64_t total, const Tensor& output, i
     for (int64_t t = begin; t < end; ++t) {
       for (int64_t i = 0; i < rows.active[t]; ++i) {
         const int64_t n = rows.order[i];
-        const T* source = rows.flows(t, n, reverse) ? from + rows.row(reverse ? t + 1 : t - 1, n) * stride
-                          : rows.enters(t, n, reverse) && initial != nullptr ? initial + n * width
-                                                                             : nullptr;
+        const Sequence sequence = rows.sequence(n);
+        const T* source = sequence.flows(t, reverse) ? from + rows.row(reverse ? t + 1 : t - 1, n) * stride
+                          : sequence.enters(t, reverse) && initial != nullptr ? initial + n * width
+                                                                              : nullptr;
         if (source != nullptr) std::memcpy(to + rows.row(t, n) * width, source, width * sizeof(T));
       }
     }
@@ -186,68 +152,6 @@ Tensor previous_outputs(const Rows& rows, int64_t total, const Tensor& output, i
   }
   return previous;
 }
-
-// Weight gradients: a product over all rows, or over the rows of each of `groups` blocks of the batch.
-class Reduction {
- public:
-  Reduction(const Sizes& z, bool batch_first, int64_t groups) : z_(z), batch_first_(batch_first), groups_(groups) {}
-
-  bool by_groups() const { return groups_ > 0; }
-
-  // grad^T x: [rows, A], [rows, B] -> [A, B] or [groups, A, B]
-  Tensor outer(const Tensor& grad, const Tensor& x) const {
-    if (groups_ == 0) return at::mm(grad.t(), x);
-    return at::bmm(grouped(grad).transpose(1, 2), grouped(x));
-  }
-  // [rows, A] -> [A] or [groups, A]
-  Tensor sum(const Tensor& grad) const { return groups_ == 0 ? grad.sum(0) : grouped(grad).sum(1); }
-
- private:
-  Tensor grouped(const Tensor& t) const {
-    const int64_t rows = z_.batch / groups_;
-    if (batch_first_) return t.reshape({groups_, rows * z_.steps, t.size(1)});
-    return t.reshape({z_.steps, groups_, rows, t.size(1)})
-        .transpose(0, 1)
-        .reshape({groups_, z_.steps * rows, t.size(1)});
-  }
-  const Sizes& z_;
-  bool batch_first_;
-  int64_t groups_;
-};
-
-// One direction of the backward pass after its scan: everything that is a GEMM or a sum.
-struct DirectionGradients {
-  const CellTraits& cell;
-  const Sizes& z;
-  Tensor grad_gates;      // [rows, (G+S)*H]
-  Tensor previous;        // [rows, outputs]
-  Tensor grad_projected;  // [rows, P]
-  Tensor activation;      // [rows, H] projected only
-
-  Tensor input_gates() const { return grad_gates.narrow(1, 0, cell.gates * z.units); }
-  // The recurrent gates are these two: the separate ones have theirs behind those of the gates.
-  int64_t adding() const { return (cell.gates - cell.separate) * z.units; }
-  Tensor adding_gates() const { return grad_gates.narrow(1, 0, adding()); }
-  Tensor separate_gates() const { return grad_gates.narrow(1, cell.gates * z.units, cell.separate * z.units); }
-
-  Tensor grad_w_hh(const Reduction& reduction) const {
-    if (cell.separate == 0) return reduction.outer(grad_gates, previous);
-    if (reduction.by_groups()) {
-      return at::cat({reduction.outer(adding_gates(), previous), reduction.outer(separate_gates(), previous)}, 1);
-    }
-    // the same without putting the two parts together afterwards: for one step that copy costs as much as the product
-    Tensor whole = at::empty({cell.gates * z.units, z.outputs}, grad_gates.options());
-    Tensor first = whole.narrow(0, 0, adding()), last = whole.narrow(0, adding(), cell.separate * z.units);
-    at::mm_out(first, adding_gates().t(), previous);
-    at::mm_out(last, separate_gates().t(), previous);
-    return whole;
-  }
-
-  Tensor grad_b_hh(const Reduction& reduction) const {
-    if (cell.separate == 0) return reduction.sum(grad_gates);
-    return at::cat({reduction.sum(adding_gates()), reduction.sum(separate_gates())}, -1);
-  }
-};
 
 template <class T>
 Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_outputs, const Tensor& input,
@@ -261,38 +165,36 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   const int64_t total = table.total(), directions = l.directions;
   const Scan scan = make_scan(kind, l, z, table, sizeof(T), true);
 
-  Tensors result(1 + hx.size() + weights.size());
-  const size_t first_weight = 1 + hx.size();
-  const auto wants_weight = [&](int index) { return mask.get(first_weight + index); };
-  bool wants_hx = false;
-  for (size_t s = 0; s < hx.size(); ++s) wants_hx = wants_hx || mask.get(1 + s);
-
-  Tensors grads;
+  BackwardArguments a{kind, l, z, {}, input.reshape({total, z.inputs}), hx, weights, batch_first, mask, groups};
   for (size_t i = 0; i < grad_outputs.size(); ++i) {
     const Tensor g = or_undefined(grad_outputs.get(i));
-    grads.push_back(g.defined() ? g.to(type).contiguous() : g);
+    a.grads.push_back(g.defined() ? g.to(type).contiguous() : g);
   }
+  const Tensors& grads = a.grads;
   const bool has_cell = cell.states > 1;
   const bool has_steps = grads.size() > static_cast<size_t>(1 + cell.states);
 
   const int64_t gate_columns = (cell.gates + cell.separate) * z.units;
+  const int64_t together = (cell.gates - cell.separate) * z.units;
   const int64_t reserve_columns = reserve.size(-1);
   const std::optional<Tensor> valid = table.valid_rows();
   BackwardParams<T> params[2];
-  std::vector<DirectionGradients> each;
-  const Tensor carry = at::zeros({directions, z.batch, z.units}, options);
-  const Tensor grad_first = wants_hx ? at::empty({directions, z.batch, cell.gates * z.units}, options) : Tensor();
+  ScanGradients scanned;
+  Tensor all_gates[2];  // [rows, (G+S)*H]
+  scanned.carry = at::zeros({directions, z.batch, z.units}, options);
+  if (a.wants_states()) scanned.grad_first = at::empty({directions, z.batch, cell.gates * z.units}, options);
   for (int d = 0; d < l.directions; ++d) {
-    DirectionGradients g{cell, z, {}, {}, {}, {}};
+    DirectionGradients g;
     // groups reduce over every row, so those that the scan does not visit have to be zero
-    g.grad_gates = valid && groups > 0 ? at::zeros({total, gate_columns}, options)
-                                       : at::empty({total, gate_columns}, options);
+    const auto allocate = [&](int64_t columns) {
+      return valid && groups > 0 ? at::zeros({total, columns}, options) : at::empty({total, columns}, options);
+    };
+    Tensor grad_gates = allocate(gate_columns);
     if (l.projected) {
-      g.grad_projected = valid && groups > 0 ? at::zeros({total, z.outputs}, options)
-                                             : at::empty({total, z.outputs}, options);
+      g.grad_projected = allocate(z.outputs);
       g.activation = reserve.select(0, d).view({total, reserve_columns}).narrow(1, cell.saved * z.units, z.units);
     }
-    if (cell.carries_h || wants_weight(l.w_hh(d))) {
+    if (cell.carries_h || a.wants_weight(l.w_hh(d))) {
       g.previous = previous_outputs<T>(rows, total, output, d, hx.empty() ? Tensor() : hx[0].select(0, d), z.outputs);
     }
     BackwardParams<T>& p = params[d];
@@ -311,11 +213,14 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
       p.grad_cells = direction(data<T>(grads[3]), d, z.units);
       p.grad_cells_stride = directions * z.units;
     }
-    p.grad_gates = g.grad_gates.mutable_data_ptr<T>();
+    p.grad_gates = grad_gates.mutable_data_ptr<T>();
     if (l.projected) p.grad_projected = g.grad_projected.mutable_data_ptr<T>();
-    p.carry = carry.mutable_data_ptr<T>() + d * z.batch * z.units;
-    if (wants_hx) p.grad_first = grad_first.mutable_data_ptr<T>() + d * z.batch * cell.gates * z.units;
-    each.push_back(std::move(g));
+    p.carry = scanned.carry.mutable_data_ptr<T>() + d * z.batch * z.units;
+    if (scanned.grad_first.defined()) {
+      p.grad_first = scanned.grad_first.mutable_data_ptr<T>() + d * z.batch * cell.gates * z.units;
+    }
+    all_gates[d] = grad_gates;
+    scanned.each.push_back(std::move(g));
   }
   const auto& kernels = cpu_kernels().get<T>(kind);
   {
@@ -324,59 +229,34 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   }
 
   // Rows beyond a length: gathered away, so that nothing of them, NaN included, enters a product.
-  Tensor x = input.reshape({total, z.inputs});
-  if (valid) {
-    const auto clean = [&](const Tensor& t) {
-      if (!t.defined()) return t;
-      const Tensor kept = t.index_select(0, *valid);
-      return groups == 0 ? kept : at::zeros_like(t).index_copy_(0, *valid, kept);
-    };
-    x = clean(x);
-    for (DirectionGradients& g : each) {
-      g.grad_gates = clean(g.grad_gates);
-      g.previous = clean(g.previous);
-      g.grad_projected = clean(g.grad_projected);
-      g.activation = clean(g.activation);
-    }
+  const auto clean = [&](const Tensor& t) {
+    if (!valid || !t.defined()) return t;
+    const Tensor kept = t.index_select(0, *valid);
+    return groups == 0 ? kept : at::zeros_like(t).index_copy_(0, *valid, kept);
+  };
+  a.input = clean(a.input);
+  for (int d = 0; d < l.directions; ++d) {
+    DirectionGradients& g = scanned.each[d];
+    const Tensor gates = clean(all_gates[d]);
+    g.input_gates = gates.narrow(1, 0, cell.gates * z.units);
+    // the separate gates have their recurrent parts behind those of all gates
+    g.recurrent = {gates.narrow(1, 0, together)};
+    if (cell.separate > 0) g.recurrent.push_back(gates.narrow(1, cell.gates * z.units, cell.separate * z.units));
+    g.previous = clean(g.previous);
+    g.grad_projected = clean(g.grad_projected);
+    g.activation = clean(g.activation);
   }
 
-  const Reduction reduction(z, batch_first, groups);
-  Tensor grad_x;
-  for (int d = 0; d < l.directions; ++d) {
-    const DirectionGradients& g = each[d];
-    const auto put = [&](int index, const Tensor& value) { result[first_weight + index] = value; };
-    if (mask.get(0)) {
-      grad_x = d == 0 ? at::mm(g.input_gates(), weights[l.w_ih(d)])
-                      : grad_x.addmm_(g.input_gates(), weights[l.w_ih(d)]);
-    }
-    if (wants_weight(l.w_ih(d))) put(l.w_ih(d), reduction.outer(g.input_gates(), x));
-    if (wants_weight(l.w_hh(d))) put(l.w_hh(d), g.grad_w_hh(reduction));
-    if (l.biases && wants_weight(l.b_ih(d))) put(l.b_ih(d), reduction.sum(g.input_gates()));
-    if (l.biases && wants_weight(l.b_hh(d))) {
-      const bool same = cell.separate == 0 && wants_weight(l.b_ih(d));
-      put(l.b_hh(d), same ? result[first_weight + l.b_ih(d)].clone() : g.grad_b_hh(reduction));
-    }
-    if (l.projected && wants_weight(l.w_hr(d))) put(l.w_hr(d), reduction.outer(g.grad_projected, g.activation));
+  Tensor empty_rows;
+  if (valid) {
+    empty_rows = at::empty({z.batch, 1}, at::kBool);
+    for (int64_t n = 0; n < z.batch; ++n) empty_rows.mutable_data_ptr<bool>()[n] = rows.length[n] == 0;
   }
-  if (mask.get(0)) {
-    if (valid && groups == 0) grad_x = at::zeros({total, z.inputs}, options).index_copy_(0, *valid, grad_x);
-    result[0] = grad_x.view(input.sizes());
+  Tensors result = layer_gradients(a, scanned, empty_rows);
+  if (a.wants_input()) {
+    if (valid && groups == 0) result[0] = at::zeros({total, z.inputs}, options).index_copy_(0, *valid, result[0]);
+    result[0] = result[0].view(input.sizes());
   }
-  if (wants_hx && mask.get(1)) {
-    Tensor grad_h0 = at::empty({directions, z.batch, z.outputs}, options);
-    for (int d = 0; d < l.directions; ++d) {
-      Tensor slice = grad_h0.select(0, d);
-      at::mm_out(slice, grad_first.select(0, d), weights[l.w_hh(d)]);
-    }
-    if (cell.carries_h) grad_h0.add_(carry);
-    if (valid && grads[1].defined()) {  // a row without steps hands its initial state through
-      for (int64_t n = 0; n < z.batch; ++n) {
-        if (rows.length[n] == 0) grad_h0.select(1, n).copy_(grads[1].select(1, n));
-      }
-    }
-    result[1] = grad_h0;
-  }
-  if (wants_hx && has_cell && mask.get(2)) result[2] = carry;
   return result;
 }
 

@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "core/cells/all.h"
 
 namespace fastrnn {
 

@@ -277,8 +277,8 @@ struct Problem {
       for (int64_t n = 0; n < batch; ++n) {
         const int64_t row = t * batch + n;
         if (t >= length[n]) continue;
-        const T* from = rows.flows(t, n, reverse)    ? &output[(reverse ? row + batch : row - batch) * outputs]
-                        : rows.enters(t, n, reverse) ? &h0[n * outputs]
+        const T* from = rows.sequence(n).flows(t, reverse)    ? &output[(reverse ? row + batch : row - batch) * outputs]
+                        : rows.sequence(n).enters(t, reverse) ? &h0[n * outputs]
                                                      : nullptr;
         if (from != nullptr) std::copy_n(from, outputs, &previous[row * outputs]);
       }

@@ -21,4 +21,21 @@ using AllCells = CellList<RnnCell<Tanh>, RnnCell<Relu>, LstmCell<>, GruCell<>>;
 inline constexpr int kCellKinds = AllCells::kSize;
 static_assert(sizeof(kCellNames) / sizeof(kCellNames[0]) == kCellKinds);
 
+// What the code around the scans must know of a cell.
+struct CellTraits {
+  int gates = 0;           // G
+  int separate = 0;        // S
+  int saved = 0;           // columns of the reserve, in units of H
+  int states = 0;          // h, and c where there is one
+  bool carries_h = false;  // part of a step's gradient flows to h_{t-1} element by element
+};
+
+template <class... Cells>
+const CellTraits& traits_among(CellKind kind, CellList<Cells...>) {
+  static constexpr CellTraits kTraits[] = {
+      {Cells::kGates, Cells::kSeparate, Cells::kSaved, kStates<Cells>, Cells::kState == ElementState::kHidden}...};
+  return kTraits[static_cast<int>(kind)];
+}
+inline const CellTraits& traits(CellKind kind) { return traits_among(kind, AllCells()); }
+
 }  // namespace fastrnn

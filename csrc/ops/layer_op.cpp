@@ -1,0 +1,132 @@
+#include "ops/layer_op.h"
+
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+
+namespace fastrnn {
+namespace {
+
+// Weight gradients: a product over all rows, or over the rows of each of `groups` blocks of the batch.
+class Reduction {
+ public:
+  Reduction(const Sizes& z, bool batch_first, int64_t groups) : z_(z), batch_first_(batch_first), groups_(groups) {}
+
+  // grad^T x: parts of [rows, A] in all and [rows, B] -> [A, B] or [groups, A, B]
+  Tensor outer(const std::vector<Tensor>& parts, const Tensor& x) const {
+    if (parts.size() == 1) return outer(parts[0], x);
+    if (groups_ > 0) {
+      Tensors products;
+      for (const Tensor& part : parts) products.push_back(outer(part, x));
+      return at::cat(products, 1);
+    }
+    // the same without putting the parts together afterwards: for one step that copy costs as much as the product
+    int64_t width = 0, at = 0;
+    for (const Tensor& part : parts) width += part.size(1);
+    Tensor whole = at::empty({width, x.size(1)}, x.options());
+    for (const Tensor& part : parts) {
+      Tensor slice = whole.narrow(0, at, part.size(1));
+      at::mm_out(slice, part.t(), x);
+      at += part.size(1);
+    }
+    return whole;
+  }
+  Tensor outer(const Tensor& grad, const Tensor& x) const {
+    if (groups_ == 0) return at::mm(grad.t(), x);
+    return at::bmm(grouped(grad).transpose(1, 2), grouped(x));
+  }
+  // [rows, A] -> [A] or [groups, A]
+  Tensor sum(const Tensor& grad) const { return groups_ == 0 ? grad.sum(0) : grouped(grad).sum(1); }
+  Tensor sum(const std::vector<Tensor>& parts) const {
+    Tensors sums;
+    for (const Tensor& part : parts) sums.push_back(sum(part));
+    return sums.size() == 1 ? sums[0] : at::cat(sums, -1);
+  }
+
+ private:
+  Tensor grouped(const Tensor& t) const {
+    const int64_t rows = z_.batch / groups_;
+    if (batch_first_) return t.reshape({groups_, rows * z_.steps, t.size(1)});
+    return t.reshape({z_.steps, groups_, rows, t.size(1)})
+        .transpose(0, 1)
+        .reshape({groups_, z_.steps * rows, t.size(1)});
+  }
+  const Sizes& z_;
+  bool batch_first_;
+  int64_t groups_;
+};
+
+Tensor allocate(std::vector<int64_t> rows, int64_t last, const at::TensorOptions& options, bool clear) {
+  rows.push_back(last);
+  return clear ? at::zeros(rows, options) : at::empty(rows, options);
+}
+
+}  // namespace
+
+LayerResult::LayerResult(CellKind kind, const Sizes& z, const Tensor& input, bool need_steps, bool clear)
+    : rows(input.sizes().begin(), input.sizes().end() - 1) {
+  const auto options = input.options();
+  output = allocate(rows, z.directions * z.outputs, options, clear);
+  h_n = at::empty({z.directions, z.batch, z.outputs}, options);
+  if (traits(kind).states == 1) return;
+  c_n = at::empty({z.directions, z.batch, z.units}, options);
+  if (need_steps) cells = allocate(rows, z.directions * z.units, options, clear);
+}
+
+Tensor LayerResult::allocate_gates(const Sizes& z, int64_t columns, at::TensorOptions options, bool clear) const {
+  std::vector<int64_t> shape = rows;
+  shape.insert(shape.begin(), z.directions);
+  return allocate(shape, columns, options, clear);
+}
+
+Tensors LayerResult::with_reserve(const Tensor& reserve) const {
+  Tensors all{output, h_n};
+  if (c_n.defined()) all.push_back(c_n);
+  if (cells.defined()) all.push_back(cells);
+  all.push_back(reserve);
+  return all;
+}
+
+bool BackwardArguments::wants_recurrent(int d) const {
+  return wants_weight(layout.w_hh(d)) || (layout.biases && wants_weight(layout.b_hh(d)));
+}
+
+Tensors layer_gradients(const BackwardArguments& a, const ScanGradients& scan, const Tensor& empty_rows) {
+  const Layout& l = a.layout;
+  const Sizes& z = a.sizes;
+  const CellTraits& cell = traits(a.kind);
+  Tensors result(1 + a.hx.size() + a.weights.size());
+  const Reduction reduction(z, a.batch_first, a.groups);
+  for (int d = 0; d < l.directions; ++d) {
+    const DirectionGradients& g = scan.each[d];
+    const auto weight = [&](int index) -> Tensor& { return result[1 + a.hx.size() + index]; };
+    if (a.wants_input()) {
+      result[0] = d == 0 ? at::mm(g.input_gates, a.weights[l.w_ih(d)])
+                         : result[0].addmm_(g.input_gates, a.weights[l.w_ih(d)]);
+    }
+    if (a.wants_weight(l.w_ih(d))) weight(l.w_ih(d)) = reduction.outer(g.input_gates, a.input);
+    if (a.wants_weight(l.w_hh(d))) weight(l.w_hh(d)) = reduction.outer(g.recurrent, g.previous);
+    if (l.biases && a.wants_weight(l.b_ih(d))) weight(l.b_ih(d)) = reduction.sum(g.input_gates);
+    if (l.biases && a.wants_weight(l.b_hh(d))) {
+      const bool same = cell.separate == 0 && a.wants_weight(l.b_ih(d));
+      weight(l.b_hh(d)) = same ? weight(l.b_ih(d)).clone() : reduction.sum(g.recurrent);
+    }
+    if (l.projected && a.wants_weight(l.w_hr(d))) weight(l.w_hr(d)) = reduction.outer(g.grad_projected, g.activation);
+  }
+  if (a.wants_state(0)) {
+    Tensor grad_h0 = at::empty({z.directions, z.batch, z.outputs}, scan.grad_first.options());
+    for (int d = 0; d < l.directions; ++d) {
+      Tensor slice = grad_h0.select(0, d);
+      at::mm_out(slice, scan.grad_first.select(0, d), a.weights[l.w_hh(d)]);
+    }
+    if (cell.carries_h) grad_h0.add_(scan.carry);
+    if (empty_rows.defined() && a.grads[1].defined()) grad_h0 = at::where(empty_rows, a.grads[1], grad_h0);
+    result[1] = grad_h0;
+  }
+  if (a.wants_state(1)) result[2] = scan.carry;
+  return result;
+}
+
+}  // namespace fastrnn

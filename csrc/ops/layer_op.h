@@ -1,0 +1,82 @@
+// What the ops of every device share: sizes, results, and the GEMMs after a backward scan.
+#pragma once
+
+#include <ATen/ops/empty.h>
+
+#include "ops/checks.h"
+
+namespace fastrnn {
+
+// The integers of a layout; tensors with data have no symbolic sizes.
+struct Sizes {
+  int64_t directions, steps, batch, inputs, units, outputs;
+  explicit Sizes(const Layout& l)
+      : directions(l.directions),
+        steps(l.steps.expect_int()),
+        batch(l.batch.expect_int()),
+        inputs(l.inputs.expect_int()),
+        units(l.units.expect_int()),
+        outputs(l.outputs.expect_int()) {}
+};
+
+// The data of a tensor, null where it is undefined or has none.
+template <class T>
+const T* data(const Tensor& t) {
+  return t.defined() && t.numel() > 0 ? t.const_data_ptr<T>() : nullptr;
+}
+
+// What a layer returns but for the reserve, in that order: output, h_n, c_n, c of every step.
+struct LayerResult {
+  std::vector<int64_t> rows;  // [T, N] or [N, T] or [rows]: the dimensions of the input but the last
+  Tensor output;              // [rows, D*outputs]
+  Tensor h_n;                 // [D, N, outputs]
+  Tensor c_n;                 // [D, N, H], if the cell has it
+  Tensor cells;               // [rows, D*H], if asked for
+
+  // `clear`: rows that no scan visits have to be zero.
+  LayerResult(CellKind kind, const Sizes& z, const Tensor& input, bool need_steps, bool clear);
+  // The projections of the input, which turn into the reserve: [D, rows, columns].
+  Tensor allocate_gates(const Sizes& z, int64_t columns, at::TensorOptions options, bool clear) const;
+  Tensors with_reserve(const Tensor& reserve) const;
+};
+
+// The result of a backward scan for one direction, and what its GEMMs multiply it with.
+struct DirectionGradients {
+  Tensor input_gates;             // [rows, G*H] gradients of the input projection
+  std::vector<Tensor> recurrent;  // of the recurrent projection, in parts whose columns make up G*H; each [rows, *]
+  Tensor previous;                // [rows, outputs] the h that entered each step, zeros where none did
+  Tensor grad_projected;          // [rows, P] projected only
+  Tensor activation;              // [rows, H] projected only
+};
+
+struct ScanGradients {
+  std::vector<DirectionGradients> each;  // [D]
+  Tensor grad_first;  // [D, N, G*H] recurrent gate gradients of each row's first step, or undefined
+  Tensor carry;  // [D, N, H] dc_0, or what flows to h_0 element by element
+};
+
+// The arguments of a backward op, as plain tensors, of one type on one device.
+struct BackwardArguments {
+  CellKind kind;
+  const Layout& layout;
+  const Sizes& sizes;
+  Tensors grads;  // of output, h_n, c_n, c of every step; undefined or contiguous
+  Tensor input;  // [rows, I] without anything in rows that are not valid
+  const Tensors& hx;
+  const Tensors& weights;
+  bool batch_first;
+  const Mask& mask;
+  int64_t groups;
+
+  bool wants_input() const { return mask.get(0); }
+  bool wants_state(size_t s) const { return s < hx.size() && mask.get(1 + s); }
+  bool wants_states() const { return wants_state(0) || wants_state(1); }
+  bool wants_weight(int index) const { return mask.get(1 + hx.size() + index); }
+  bool wants_recurrent(int d) const;
+};
+
+// Every gradient that the mask wants, in the order of input, hx, weights; that of the input as [rows, I].
+// `empty_rows`: bool [N, 1], which rows have no step at all, undefined if none; their initial state is their final one.
+Tensors layer_gradients(const BackwardArguments& arguments, const ScanGradients& scan, const Tensor& empty_rows);
+
+}  // namespace fastrnn

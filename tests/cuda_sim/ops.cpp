@@ -1,0 +1,21 @@
+// The ops for CUDA tensors on an emulated GPU, as ops of the CPU: the same kernels, the same host loop, the same checks.
+#include <torch/library.h>
+
+#include "ops/stepwise.h"
+
+namespace fastrnn {
+namespace {
+
+struct EmulatedDevice {
+  explicit EmulatedDevice(const Tensor&) {}
+  void* stream() const { return nullptr; }
+};
+
+TORCH_LIBRARY(fastrnn_sim, m) {
+  for_each_stepwise_op<EmulatedDevice>([&](const std::string& name, auto function) {
+    m.def(name.c_str(), torch::dispatch(c10::DispatchKey::CPU, function));
+  });
+}
+
+}  // namespace
+}  // namespace fastrnn
