@@ -5,6 +5,7 @@ modules, autograd, autocast, vmap, and the tests of the CPU themselves.
 """
 
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,7 +46,9 @@ def emulated(library):
             calls.append(op)
             return function(*arguments)
 
-        registered.impl(op, kernel, "CPU", allow_override=True)
+        with warnings.catch_warnings():  # that a kernel is replaced is what is wanted here
+            warnings.simplefilter("ignore", UserWarning)
+            registered.impl(op, kernel, "CPU", allow_override=True)
 
     registered = torch.library.Library("fastrnn", "IMPL")
     try:
@@ -58,8 +61,8 @@ def emulated(library):
         registered._destroy()
 
 
-# every third case: the flags and sizes still meet, and no time goes into what the CPU's tests have already shown
-@parametrize([case for index, case in enumerate(table(DTYPES)) if index % 3 == 0])
+# every seventh case: flags, sizes and dtypes still meet
+@parametrize(table(DTYPES)[::7])
 def test_against_torch(case, emulated):
     compare(case, "one thread")
 
@@ -101,7 +104,7 @@ def test_nan_in_padding_reaches_nothing(case, what, emulated):
         input = torch.where(
             padding, poison if what in ("input", "everything") else 1.0, input.detach()
         ).requires_grad_()
-        results = tensors(net(input, hx, lengths))
+        results = tensors(net(input.requires_grad_(), hx, lengths))
         gradient = torch.where(padding, poison if what in ("output", "everything") else 1.0, results[0].detach())
         rest = [result.detach() for result in results[1:]]
         sources = [input, *tensors(hx), *net.parameters()]
@@ -184,9 +187,10 @@ def test_lengths_out_of_range(wrong, emulated):
         fastrnn.GRU(3, 5)(torch.randn(3, 2, 3), lengths=torch.tensor([1, wrong]))
 
 
-def test_other_dtypes_are_refused(emulated):
+def test_other_dtypes_are_refused(library):
+    input, w_ih, w_hh = (torch.zeros(shape).to(torch.float8_e5m2) for shape in ((2, 2, 3), (5, 3), (5, 5)))
     with pytest.raises(RuntimeError, match="Expected float64, float32, bfloat16 or float16"):
-        fastrnn.GRU(3, 5, dtype=torch.float8_e5m2)(torch.zeros(2, 2, 3, dtype=torch.float8_e5m2))
+        library.rnn_tanh_layer(input, [], [w_ih, w_hh], None, None, None, False, False, False, False)
 
 
 @pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])

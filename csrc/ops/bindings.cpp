@@ -15,7 +15,11 @@ py::dict build_info() {
   info["version"] = FASTRNN_VERSION;
   info["torch"] = TORCH_VERSION;
   info["compiler"] = __VERSION__;
+#ifdef FASTRNN_CUDA
+  info["cuda"] = true;
+#else
   info["cuda"] = false;
+#endif
   py::list capabilities;
 #ifdef FASTRNN_X86
   capabilities.append("avx512");
