@@ -26,7 +26,7 @@ endif
 ifneq ($(filter command line environment,$(origin CXX)),)
 export CXX
 endif
-export FASTRNN_NATIVE FASTRNN_CUDA MAX_JOBS
+export FASTRNN_NATIVE FASTRNN_CUDA FASTRNN_CUDA_ARCH MAX_JOBS
 
 BUILD_SOURCES := $(shell find csrc tools -type f -not -name '*.pyc' 2>/dev/null) \
   CMakeLists.txt setup.py pyproject.toml fastrnn/__init__.py
@@ -37,7 +37,7 @@ PYTEST := $(PY) -m pytest
 # $(call remember,VALUE): the target changes, and so its dependents run, only when VALUE does.
 remember = printf '%s\n' '$(1)' | cmp -s - $@ || printf '%s\n' '$(1)' > $@
 
-.PHONY: help build bench test test-full lint test-cpp test-python format clean FORCE
+.PHONY: help build bench test test-full lint test-cpp test-python cuda-link format clean FORCE
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +57,10 @@ ifneq ($(FASTRNN_NATIVE),0)
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(BIN)/ctest --test-dir build/cpp-tests-sanitize --output-on-failure --no-tests=error
 endif
+
+# Needs nvcc, but no GPU and no CUDA torch: one is fetched (500 MB) and unpacked below build/.
+cuda-link: $(VENV)/.dev ## Compile and link the CUDA half against a CUDA torch
+	$(PY) tools/native.py cuda-link
 
 lint: $(VENV)/.dev ## Check format, lint and types
 	$(BIN)/ruff format --check $(PYTHON_SOURCES)
@@ -108,7 +112,7 @@ $(VENV)/.torch-wanted: FORCE | $(VENV)/.made
 	@$(call remember,$(TORCH))
 
 $(VENV)/.build-wanted: FORCE | $(VENV)/.made
-	@$(call remember,FASTRNN_NATIVE=$(FASTRNN_NATIVE) FASTRNN_CUDA=$(FASTRNN_CUDA) CXX=$(CXX) CXXFLAGS=$(CXXFLAGS))
+	@$(call remember,FASTRNN_NATIVE=$(FASTRNN_NATIVE) FASTRNN_CUDA=$(FASTRNN_CUDA) FASTRNN_CUDA_ARCH=$(FASTRNN_CUDA_ARCH) CXX=$(CXX) CXXFLAGS=$(CXXFLAGS))
 
 $(VENV)/.tools: | $(VENV)/.made
 	$(PIP) install -q "setuptools>=77" "cmake>=3.24,<5" "ninja>=1.11,<2" "pybind11>=3,<4"

@@ -111,14 +111,14 @@ def module(case, library=fastrnn, dtype=None):
     return built.to(case.dtype).to(case.dtype if dtype is None else dtype)
 
 
-def data(case, dtype=None):
+def data(case, dtype=None, device="cpu"):
     """Input (Tensor or PackedSequence) and initial states, the same numbers in every dtype; all require grad."""
     generator = torch.Generator().manual_seed(7)
 
     def random(*shape):
         numbers = torch.randn(*shape, generator=generator, dtype=torch.float64).to(torch.float32)
         numbers = numbers.abs() if case.linear else numbers
-        return numbers.to(case.dtype).to(case.dtype if dtype is None else dtype).requires_grad_()
+        return numbers.to(case.dtype).to(device, case.dtype if dtype is None else dtype).requires_grad_()
 
     steps, batch, inputs = case.steps, case.batch, case.inputs
     rows = case.num_layers * case.directions
@@ -174,7 +174,7 @@ def outputs_and_gradients(module, input, hx, **options):
     sources |= {f"h{index}": state for index, state in enumerate(tensors(hx))}
     sources |= dict(module.named_parameters())
     generator = torch.Generator().manual_seed(11)
-    cotangents = [_exact(torch.randn(r.shape, generator=generator, dtype=torch.float64)).to(r.dtype) for r in results]
+    cotangents = [_exact(torch.randn(r.shape, generator=generator, dtype=torch.float64)).to(r) for r in results]
     gradients = torch.autograd.grad(results, list(sources.values()), cotangents, materialize_grads=True)
     named = {f"output[{index}]": result for index, result in enumerate(results)}
     return named | {f"grad of {name}": grad for name, grad in zip(sources, gradients, strict=True)}

@@ -39,8 +39,8 @@ def options(case, which):
 class Apart:
     """torch.nn on every segment of every row by itself."""
 
-    def __init__(self, case, dtype):
-        self.case, self.net = case, module(case, torch.nn, dtype)
+    def __init__(self, case, dtype, device="cpu"):
+        self.case, self.net = case, module(case, torch.nn, dtype).to(device)
 
     def named_parameters(self):
         return self.net.named_parameters()
@@ -74,13 +74,16 @@ class Apart:
         for start, end in zip(starts, [*starts[1:], length], strict=True):
             forward_kept = start == 0 and not bool(reset[0])
             kept = torch.where(reverse, end == length, forward_kept)
-            entering = tuple(torch.where(kept, state, 0.0) for state in states)
+            entering = tuple(torch.where(kept.to(state.device), state, 0.0) for state in states)
             segment = input[start:end]
             segment = segment.unsqueeze(0 if self.case.batch_first else 1)
             output, final = self.net(segment, _hidden(self.case, [state.unsqueeze(1) for state in entering]))
             outputs.append(output.reshape(end - start, -1))
             finals.append([state.squeeze(1) for state in (final if isinstance(final, tuple) else (final,))])
-        ends = [torch.where(reverse, first, last) for first, last in zip(finals[0], finals[-1], strict=True)]
+        ends = [
+            torch.where(reverse.to(first.device), first, last)
+            for first, last in zip(finals[0], finals[-1], strict=True)
+        ]
         return torch.cat([*outputs, padding]), ends
 
 
@@ -88,12 +91,13 @@ def _hidden(case, states):
     return tuple(states) if case.kind.startswith("lstm") else states[0]
 
 
-def compare_apart(case, which, backend):
+def compare_apart(case, which, backend, device="cpu"):
     chosen = options(case, which)
+    there = {name: value.to(device) for name, value in chosen.items()}
     with threads(2 if backend == "native" else 1):
-        ours = outputs_and_gradients(module(case), *data(case), **chosen)
+        ours = outputs_and_gradients(module(case).to(device), *data(case, device=device), **there)
     own = torch.float32 if case.dtype == torch.float64 else case.dtype
-    theirs = outputs_and_gradients(Apart(case, own), *data(case, own), **chosen)
+    theirs = outputs_and_gradients(Apart(case, own, device), *data(case, own, device), **chosen)
     oracle = outputs_and_gradients(Apart(case, torch.float64), *data(case, torch.float64), **chosen)
     own = worst(theirs, oracle)  # torch sums a weight's gradient segment by segment here, we over the whole batch
     for name, value in ours.items():
@@ -113,20 +117,16 @@ def test_against_segments_apart_16_bit(case, which, backend):
     compare_apart(case, which, backend)
 
 
-@pytest.mark.parametrize("which", OPTIONS)
-@parametrize(
-    small(dtype=torch.float64, steps=4, inputs=2, hidden=2, num_layers=2, bidirectional=True)
-    + small(dtype=torch.float64, steps=4, inputs=2, hidden=2, layout="batch_first")
-)
-def test_gradcheck(case, which, backend):
-    net = module(case)
-    input, hx = data(case)
+def check_derivatives(case, which, device="cpu"):
+    """First and second, against finite differences."""
+    net = module(case).to(device)
+    input, hx = data(case, device=device)
     states, parameters, names = tensors(hx), list(net.parameters()), list(dict(net.named_parameters()))
     if case.kind == "rnn_relu":  # keep away from the kink
         input, *states = (tensor.detach().abs().requires_grad_() for tensor in (input, *states))
         for parameter in parameters:
             parameter.data.abs_()
-    chosen = options(case, which)
+    chosen = {name: value.to(device) for name, value in options(case, which).items()}
 
     def function(input, *rest):
         weights = dict(zip(names, rest[len(states) :], strict=True))
@@ -136,6 +136,15 @@ def test_gradcheck(case, which, backend):
     arguments = (input, *states, *parameters)
     assert torch.autograd.gradcheck(function, arguments, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, arguments, fast_mode=True)
+
+
+@pytest.mark.parametrize("which", OPTIONS)
+@parametrize(
+    small(dtype=torch.float64, steps=4, inputs=2, hidden=2, num_layers=2, bidirectional=True)
+    + small(dtype=torch.float64, steps=4, inputs=2, hidden=2, layout="batch_first")
+)
+def test_gradcheck(case, which, backend):
+    check_derivatives(case, which)
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf], ids=["nan", "inf"])

@@ -8,11 +8,11 @@ from tolerance import check
 import fastrnn
 
 
-def compare(case, backend):
+def compare(case, backend, device="cpu"):
     with threads(2 if backend == "native" else 1):
-        ours = outputs_and_gradients(module(case), *data(case))
+        ours = outputs_and_gradients(module(case).to(device), *data(case, device=device))
     own = torch.float32 if case.dtype == torch.float64 else case.dtype
-    theirs = outputs_and_gradients(module(case, torch.nn, own), *data(case, own))
+    theirs = outputs_and_gradients(module(case, torch.nn, own).to(device), *data(case, own, device))
     oracle = outputs_and_gradients(module(case, torch.nn, torch.float64), *data(case, torch.float64))
     assert ours.keys() == oracle.keys()
     for name, value in ours.items():

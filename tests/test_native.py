@@ -57,9 +57,9 @@ def test_after_fork(native):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def layer_arguments(case, lengths, reset, grad):
-    net = module(case)
-    input, hx = data(case)
+def layer_arguments(case, lengths, reset, grad, device="cpu"):
+    net = module(case).to(device)
+    input, hx = data(case, device=device)
     weights = [weight.detach().requires_grad_(grad) for layer in net.all_weights for weight in layer]
     states = [state.detach().requires_grad_(grad) for state in tensors(hx)]
     rest = (lengths, reset, None, case.bidirectional, case.batch_first, False, False)

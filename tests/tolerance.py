@@ -30,7 +30,7 @@ def check(name, ours, theirs, oracle, *, dtype=None, own=None, of_oracle=0.0):
 
 
 def error(tensor, oracle):
-    return (tensor.detach().double() - oracle).abs().max().item()
+    return (tensor.detach().double().to(oracle.device) - oracle).abs().max().item()
 
 
 def worst(results, oracle):

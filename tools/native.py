@@ -6,9 +6,11 @@ Used by setup.py (`pip install`), and by the Makefile as a program::
     python tools/native.py build                  # fastrnn/_C in the source tree
     python tools/native.py tests [--sanitize]     # the C++ tests; prints nothing that CMake and Ninja do not print
     python tools/native.py cuda-sim               # the CUDA half on an emulated GPU, for the tests
+    python tools/native.py cuda-link              # the CUDA half against an unpacked CUDA torch: compiles and links
 
 Only the standard library is imported here: setup.py must work without torch (for an sdist), `check` before any
-environment exists. Environment variables: FASTRNN_NATIVE, FASTRNN_CUDA, MAX_JOBS, and CMake's own (CXX, CXXFLAGS).
+environment exists. Environment variables: FASTRNN_NATIVE, FASTRNN_CUDA, FASTRNN_CUDA_ARCH, MAX_JOBS, and CMake's own
+(CXX, CXXFLAGS).
 """
 
 from __future__ import annotations
@@ -22,12 +24,14 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 MIN_PYTHON = (3, 10)
 MIN_TORCH = (2, 11)
+LINK_TORCH = "2.11.0"  # a plain torch of its registry is built for CUDA
 # -O1 -g1: the tiles are unrolled so far that with -O2 or full debug information a file takes the compiler ten minutes
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g1"
 
@@ -149,13 +153,22 @@ def import_torch() -> ModuleType:
     return torch
 
 
+def cuda_home() -> Path | None:
+    """Return the folder of the CUDA toolkit: CUDA_HOME or CUDA_PATH, else that of nvcc, else the usual one; or None."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
+    homes += [str(Path(nvcc).resolve().parent.parent)] if nvcc else []
+    found = (Path(home) for home in [*homes, "/usr/local/cuda"] if home)
+    return next((home for home in found if (home / "include" / "cuda_bf16.h").exists()), None)
+
+
 def wants_cuda(torch: ModuleType) -> bool:
     """Return whether to build the CUDA half: FASTRNN_CUDA, else if torch is a CUDA build and nvcc is there.
 
     Whether this machine has a GPU is not asked: machines that build often have none.
     """
-    homes = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
-    nvcc = any(home and Path(home, "bin", "nvcc").exists() for home in homes) or shutil.which("nvcc") is not None
+    home = cuda_home()
+    nvcc = home is not None and (home / "bin" / "nvcc").exists()
     wanted = flag("FASTRNN_CUDA", default=torch.version.cuda is not None and nvcc)
     if wanted and torch.version.cuda is None:
         raise BuildError(f"FASTRNN_CUDA=1, but torch {torch.__version__} is not a CUDA build: install one, or unset it")
@@ -164,9 +177,15 @@ def wants_cuda(torch: ModuleType) -> bool:
     return wanted
 
 
-def cuda_architectures() -> str:
-    """Return the GPUs to build for, as CMake takes them (90a-real;100): FASTRNN_CUDA_ARCH, or empty for the usual."""
-    return os.environ.get("FASTRNN_CUDA_ARCH", "").strip()
+def cuda_arguments(home: Path) -> list[str]:
+    """Return what CMake needs to build for CUDA; FASTRNN_CUDA_ARCH names the GPUs as CMake does: "90a-real;100"."""
+    architectures = os.environ.get("FASTRNN_CUDA_ARCH", "").strip()
+    return [
+        "-DFASTRNN_CUDA=1",
+        f"-DCMAKE_CUDA_COMPILER={home / 'bin' / 'nvcc'}",
+        f"-DCUDAToolkit_ROOT={home}",
+        *([f"-DFASTRNN_CUDA_ARCHITECTURES={architectures}"] if architectures else []),
+    ]
 
 
 # --- CMake ------------------------------------------------------------------------------------------------------------
@@ -183,6 +202,7 @@ def cmake_arguments(torch: ModuleType, build: Path, extra: list[str]) -> list[st
     from torch.utils import cpp_extension
 
     cuda = wants_cuda(torch)
+    home = cuda_home()
     device = "cuda" if cuda else "cpu"
     return [
         "-S", str(ROOT),
@@ -197,8 +217,7 @@ def cmake_arguments(torch: ModuleType, build: Path, extra: list[str]) -> list[st
         f"-DFASTRNN_TORCH_LIB={cpp_extension.library_paths(device)[0]}",
         f"-DFASTRNN_VERSION={version()}",
         f"-DFASTRNN_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
-        f"-DFASTRNN_CUDA={int(cuda)}",
-        *([f"-DFASTRNN_CUDA_ARCHITECTURES={architectures}"] if (architectures := cuda_architectures()) else []),
+        *(cuda_arguments(home) if cuda and home else ["-DFASTRNN_CUDA=0"]),
         *extra,
     ]  # fmt: skip
 
@@ -253,24 +272,54 @@ def build_in_place() -> None:
         target.unlink(missing_ok=True)  # one of an earlier build would be loaded
 
 
-def cuda_headers() -> Path | None:
-    """Return the folder of CUDA's headers, None where there are none: what the emulated GPU of the tests needs."""
-    nvcc = shutil.which("nvcc")
-    homes = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
-    homes += ["/usr/local/cuda", *([str(Path(nvcc).resolve().parent.parent)] if nvcc else [])]
-    found = (Path(home, "include") for home in homes if home and Path(home, "include", "cuda_bf16.h").exists())
-    return next(found, None)
-
-
 def build_cuda_sim() -> Path:
     """Build the ops of the CUDA half on an emulated GPU and return the library, for torch.ops.load_library."""
-    headers = cuda_headers()
-    if headers is None:
+    home = cuda_home()
+    if home is None:
         raise BuildError("CUDA's headers are not found: install the CUDA toolkit, or set CUDA_HOME")
-    build = ROOT / "build" / "cuda-sim"
-    extra = [f"-DFASTRNN_CUDA_HEADERS={headers}", "-DCMAKE_BUILD_TYPE=Release"]
+    build = ROOT / "build" / "cuda-ops"
+    extra = [f"-DFASTRNN_CUDA_HEADERS={home / 'include'}", "-DCMAKE_BUILD_TYPE=Release"]
     configure_and_build(build, extra, "fastrnn_cuda_sim")
     return build / "lib" / "libfastrnn_cuda_sim.so"
+
+
+def build_cuda_link() -> Path:
+    """Build and link the library for CUDA against a torch that is only unpacked: no GPU, no CUDA torch to import."""
+    home = cuda_home()
+    if home is None:
+        raise BuildError("nvcc is not found: install the CUDA toolkit, or set CUDA_HOME")
+    folder = ROOT / "build" / "cuda-torch" / LINK_TORCH
+    lib = folder / "torch" / "lib"
+    if not (lib / "libtorch_cpu.so").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "download",
+            "--no-deps",
+            "--dest",
+            str(folder),
+        ]
+        run([*pip, f"torch=={LINK_TORCH}"])
+        wheel = next(folder.glob("torch-*.whl"))
+        wanted = re.compile(r"torch/(include/.*|lib/lib(c10|c10_cuda|torch|torch_cpu|torch_python)\.so)")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder, [name for name in archive.namelist() if wanted.fullmatch(name)])
+        wheel.unlink()
+    include = folder / "torch" / "include"
+    extra = [
+        f"-DFASTRNN_TORCH_INCLUDE={include};{include / 'torch/csrc/api/include'};{home / 'include'}",
+        f"-DFASTRNN_TORCH_LIB={lib}",
+        *cuda_arguments(home),
+        # the wheel's own needs (cuBLAS, cuDNN, ...) are not here
+        "-DCMAKE_MODULE_LINKER_FLAGS=-Wl,--allow-shlib-undefined",
+        "-DCMAKE_BUILD_TYPE=Release",
+    ]
+    build = ROOT / "build" / "cuda-link"
+    configure_and_build(build, extra, "_C")
+    return build / "lib" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def build_tests(sanitize: bool) -> Path:
@@ -286,7 +335,7 @@ def build_tests(sanitize: bool) -> Path:
 def main() -> None:
     """Run one of the commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["check", "build", "tests", "cuda-sim"])
+    parser.add_argument("command", choices=["check", "build", "tests", "cuda-sim", "cuda-link"])
     parser.add_argument("--sanitize", action="store_true", help="build the tests with address and undefined sanitizers")
     arguments = parser.parse_args()
     try:
@@ -294,6 +343,8 @@ def main() -> None:
             check()
         elif arguments.command == "cuda-sim":
             build_cuda_sim()
+        elif arguments.command == "cuda-link":
+            build_cuda_link()
         elif arguments.command == "tests":
             build_tests(arguments.sanitize)
         else:
