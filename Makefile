@@ -30,14 +30,14 @@ export FASTRNN_NATIVE FASTRNN_CUDA MAX_JOBS
 
 BUILD_SOURCES := $(shell find csrc tools -type f -not -name '*.pyc' 2>/dev/null) \
   CMakeLists.txt setup.py pyproject.toml fastrnn/__init__.py
-CXX_SOURCES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES = $(shell find csrc tests/cpp tests/cuda_sim -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PYTHON_SOURCES := fastrnn tests bench tools setup.py
 PYTEST := $(PY) -m pytest
 
 # $(call remember,VALUE): the target changes, and so its dependents run, only when VALUE does.
 remember = printf '%s\n' '$(1)' | cmp -s - $@ || printf '%s\n' '$(1)' > $@
 
-.PHONY: help build bench test test-full lint test-cpp test-python format clean FORCE
+.PHONY: help build bench test test-full race lint test-cpp test-python format clean FORCE
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +57,9 @@ ifneq ($(FASTRNN_NATIVE),0)
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(BIN)/ctest --test-dir build/cpp-tests-sanitize --output-on-failure --no-tests=error
 endif
+
+race: $(VENV)/.dev ## Run the CUDA kernels on the CPU under ThreadSanitizer
+	$(PYTEST) -m slow tests/test_cuda_race.py
 
 lint: $(VENV)/.dev ## Check format, lint and types
 	$(BIN)/ruff format --check $(PYTHON_SOURCES)

@@ -92,11 +92,15 @@ def emulated(source: Path, sanitizer: str = "") -> Path:
     return build([*common, *flags, "-x", "c++", str(source), "-x", "none", *objects, "-ldl"])
 
 
+def nvcc_command(source: Path, architecture: str) -> list[str]:
+    number = architecture.removeprefix("sm_")
+    include = [f"-I{SIM}"] if source.parent == SIM else []
+    return [str(nvcc()), *NVCC, *include, "-gencode", f"arch=compute_{number},code={architecture}", str(source)]
+
+
 def compiled(source: Path, architecture: str) -> Path:
     """The object file of a .cu, by nvcc."""
-    number = architecture.removeprefix("sm_")
-    code = ["-gencode", f"arch=compute_{number},code={architecture}"]
-    return build([str(nvcc()), *NVCC, f"-I{SIM}", *code, "-c", str(source)], ".o")
+    return build([*nvcc_command(source, architecture), "-c"], ".o")
 
 
 def device_program(source: Path) -> Path:

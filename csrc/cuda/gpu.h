@@ -177,7 +177,7 @@ GPU_FN long long clock_cycles() { return clock64(); }
 // assertion, which names the block and the thread, in place of a hang that nobody can look into.
 class Spin {
  public:
-  GPU_FN explicit Spin(const char* what) : what_(what), start_(clock64()) {}
+  GPU_FN explicit Spin(const char* what) : what_(what) { start_ = clock64(); }
   GPU_FN void operator()() {
     if (clock64() - start_ <= kLimit) return;
     __assertfail(what_, __FILE__, __LINE__, "waits too long", 1);

@@ -255,6 +255,7 @@ uint64_t draw() {  // xorshift
 
 void fail(const std::string& what, Location at) {
   machine.error = what + " (" + describe(*machine.current) + " at " + text(at) + ")";
+  note_release(&machine.exit_tag);
   machine.current->fiber.switch_to(machine.home, true);
   std::abort();  // the launch is over
 }
