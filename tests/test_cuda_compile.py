@@ -35,6 +35,14 @@ def test_compiles_alone(source, architecture):
 
 
 @needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("source", [SIM / "scans.cu", SIM / "wrappers.cu"], ids=lambda source: source.name)
+def test_programs_link(source):
+    """As a machine with a GPU builds them."""
+    assert cuda_programs.device_program(source).stat().st_size > 0
+
+
+@needs_nvcc
 @every_source
 def test_includes_no_torch(source):
     """They take a compiler ten seconds, and belong to csrc/ops/."""

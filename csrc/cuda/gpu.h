@@ -75,7 +75,7 @@ class Launch {
  public:
   Launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, bool cooperative,
          unsigned cluster_size) {
-    constexpr size_t kSharedByDefault = 48 << 10;
+    constexpr size_t kSharedByDefault = 16 << 10;  // 48 KiB, less what static arrays may take of it
     constexpr unsigned kPortableCluster = 8;
     if (shared_bytes > kSharedByDefault) {
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
