@@ -201,7 +201,7 @@ void run_blocks(Run& run, const uint3* indices, size_t count, size_t first_stack
   machine.home.become_home();
   machine.current = pop();
   machine.home.switch_to(machine.current->fiber, false);
-  for (Thread& thread : threads) thread.fiber.destroy();
+  for (Thread& thread : threads) thread.fiber.destroy(machine.home, !thread.done);
 
   for (size_t i = 0; i < threads.size() && machine.error.empty(); ++i) {
     if (machine.stacks[first_stack + i].overflown()) machine.error = "stack overflow in " + describe(threads[i]);
@@ -255,7 +255,6 @@ uint64_t draw() {  // xorshift
 
 void fail(const std::string& what, Location at) {
   machine.error = what + " (" + describe(*machine.current) + " at " + text(at) + ")";
-  note_release(&machine.exit_tag);
   machine.current->fiber.switch_to(machine.home, true);
   std::abort();  // the launch is over
 }
