@@ -30,14 +30,14 @@ export FASTRNN_NATIVE FASTRNN_CUDA FASTRNN_CUDA_ARCH MAX_JOBS
 
 BUILD_SOURCES := $(shell find csrc tools -type f -not -name '*.pyc' 2>/dev/null) \
   CMakeLists.txt setup.py pyproject.toml fastrnn/__init__.py
-CXX_SOURCES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES = $(shell find csrc tests/cpp tests/cuda_sim -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PYTHON_SOURCES := fastrnn tests bench tools setup.py
 PYTEST := $(PY) -m pytest
 
 # $(call remember,VALUE): the target changes, and so its dependents run, only when VALUE does.
 remember = printf '%s\n' '$(1)' | cmp -s - $@ || printf '%s\n' '$(1)' > $@
 
-.PHONY: help build bench test test-full lint test-cpp test-python cuda-link format clean FORCE
+.PHONY: help build bench test test-full race lint test-cpp test-python cuda-link format clean FORCE
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -62,6 +62,9 @@ endif
 cuda-link: $(VENV)/.dev ## Compile and link the CUDA half against a CUDA torch
 	$(PY) tools/native.py cuda-link
 
+race: $(VENV)/.dev ## Run the CUDA kernels on the CPU under ThreadSanitizer
+	$(PYTEST) -m slow tests/test_cuda_race.py
+
 lint: $(VENV)/.dev ## Check format, lint and types
 	$(BIN)/ruff format --check $(PYTHON_SOURCES)
 	$(BIN)/ruff check $(PYTHON_SOURCES)
@@ -74,10 +77,11 @@ ifneq ($(FASTRNN_NATIVE),0)
 	$(BIN)/ctest --test-dir build/cpp-tests --output-on-failure --no-tests=error
 endif
 
-# The second run: the tests that choose no backend themselves, as on a machine without the native library.
+# The second run: the tests that choose no backend themselves, as on a machine without the native library. The CUDA
+# sources have none.
 test-python: $(VENV)/.dev ## Run the pytest suite on both backends
 	$(PYTEST)
-	FASTRNN_BACKEND=python $(PYTEST) -k "not native and not python"
+	FASTRNN_BACKEND=python $(PYTEST) -k "not native and not python" --ignore-glob='*/test_cuda_*.py'
 
 format: $(VENV)/.dev ## Rewrite the sources in the house's format
 	$(BIN)/ruff check --fix-only --quiet $(PYTHON_SOURCES)

@@ -1,7 +1,7 @@
 """Compile CUDA sources, emulated on the CPU or by nvcc, and run stand-alone programs of kernels over cases.
 
 A program is a .cu that includes tests/cuda_sim/program.h. Whatever is built lies in build/cuda-sim/, under a name that
-is a hash of the command and of all sources that it may include: it is built again only if one of them changed.
+is a hash of the command, of the sources named there and of all headers: it is built again only if one of them changed.
 """
 
 import functools
@@ -19,6 +19,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 SIM = ROOT / "tests" / "cuda_sim"
 BUILD = ROOT / "build" / "cuda-sim"
+HEADERS = [ROOT / "csrc" / "core", ROOT / "csrc" / "cuda", SIM]
 INCLUDES = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
 # -O1: the compiler takes most of the time. -rdynamic: the emulator names kernels.
 EMULATED = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-rdynamic", f"-I{SIM}", *INCLUDES]
@@ -70,9 +71,10 @@ def compiler() -> list[str]:
 def build(command: list[str], suffix: str = "") -> Path:
     """Run a compiler that writes to `-o OUT`, appended here, unless this was done before. Returns OUT."""
     digest = hashlib.sha256(" ".join(command).encode())
-    for folder in ("csrc/core", "csrc/cuda", "tests/cuda_sim"):
-        for path in sorted(path for path in (ROOT / folder).rglob("*") if path.is_file()):
-            digest.update(str(path).encode() + path.read_bytes())
+    headers = (path for folder in HEADERS for path in folder.rglob("*") if path.suffix in (".h", ".cuh"))
+    arguments = (Path(argument) for argument in command[1:] if not argument.startswith("-"))
+    for path in [*sorted(headers), *(path for path in arguments if path.is_file())]:
+        digest.update(path.read_bytes())
     out = BUILD / f"{digest.hexdigest()[:24]}{suffix}"
     if not out.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
@@ -92,16 +94,21 @@ def emulated(source: Path, sanitizer: str = "") -> Path:
     return build([*common, *flags, "-x", "c++", str(source), "-x", "none", *objects, "-ldl"])
 
 
-def compiled(source: Path, architecture: str) -> Path:
-    """The object file of a .cu, by nvcc."""
+def nvcc_command(source: Path, architecture: str) -> list[str]:
     number = architecture.removeprefix("sm_")
-    code = ["-gencode", f"arch=compute_{number},code={architecture}"]
-    return build([str(nvcc()), *NVCC, f"-I{SIM}", *code, "-c", str(source)], ".o")
+    include = [f"-I{SIM}"] if source.parent == SIM else []
+    return [str(nvcc()), *NVCC, *include, "-gencode", f"arch=compute_{number},code={architecture}", str(source)]
+
+
+def compiled(source: Path, architecture: str) -> Path:
+    """What nvcc makes of a .cu: an object file, of a test program its device half (the host's takes far longer)."""
+    kind, suffix = ("-cubin", ".cubin") if source.parent == SIM else ("-c", ".o")
+    return build([*nvcc_command(source, architecture), kind], suffix)
 
 
 def device_program(source: Path) -> Path:
-    """The program of a .cu, on the first GPU."""
-    return build([str(nvcc()), *NVCC, f"-I{SIM}", "-arch=native", str(source)])
+    """The program of a .cu, for a GPU."""
+    return build(nvcc_command(source, "sm_90a"))
 
 
 def declared_functions(gpu_header: str) -> list[str]:

@@ -75,7 +75,7 @@ class Launch {
  public:
   Launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, bool cooperative,
          unsigned cluster_size) {
-    constexpr size_t kSharedByDefault = 48 << 10;
+    constexpr size_t kSharedByDefault = 16 << 10;  // 48 KiB, less what static arrays may take of it
     constexpr unsigned kPortableCluster = 8;
     if (shared_bytes > kSharedByDefault) {
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
@@ -177,7 +177,7 @@ GPU_FN long long clock_cycles() { return clock64(); }
 // assertion, which names the block and the thread, in place of a hang that nobody can look into.
 class Spin {
  public:
-  GPU_FN explicit Spin(const char* what) : what_(what), start_(clock64()) {}
+  GPU_FN explicit Spin(const char* what) : what_(what) { start_ = clock64(); }
   GPU_FN void operator()() {
     if (clock64() - start_ <= kLimit) return;
     __assertfail(what_, __FILE__, __LINE__, "waits too long", 1);

@@ -50,6 +50,7 @@ __global__ void block_rules(const float* x, float* out, int fault) {
   if (fault == kLaneOutsideMask) gpu::shuffle(i, 20, 0xFFFF0FFFu);
   if (fault == kNoWarpBarrier) {
     out[i] = values[i ^ 1];
+    return;
   }
   if (fault == kDivergence) {
     if (i < 40) gpu::syncthreads();

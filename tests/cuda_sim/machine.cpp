@@ -201,7 +201,7 @@ void run_blocks(Run& run, const uint3* indices, size_t count, size_t first_stack
   machine.home.become_home();
   machine.current = pop();
   machine.home.switch_to(machine.current->fiber, false);
-  for (Thread& thread : threads) thread.fiber.destroy();
+  for (Thread& thread : threads) thread.fiber.destroy(machine.home, !thread.done);
 
   for (size_t i = 0; i < threads.size() && machine.error.empty(); ++i) {
     if (machine.stacks[first_stack + i].overflown()) machine.error = "stack overflow in " + describe(threads[i]);

@@ -1,0 +1,128 @@
+"""What nvcc makes of the CUDA sources; no GPU is needed. And the rules of the house that keep them emulable."""
+
+import collections
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import cuda_programs
+import pytest
+from cuda_programs import ROOT, SIM
+
+SOURCES = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), SIM / "scans.cu", SIM / "wrappers.cu"]
+TEXTS = sorted(path for path in (ROOT / "csrc" / "cuda").iterdir() if path.suffix in (".h", ".cu", ".cuh"))
+TEXTS += sorted(SIM.glob("*.cu"))
+# Kernels that are nothing without tensor cores. One of nvcc 13.0's faults is to drop them without a word.
+TENSOR_CORE_KERNELS = {"scans": ["grid_scan", "cluster_scan"], "wrappers": ["multiply"]}
+
+needs_nvcc = pytest.mark.skipif(
+    cuda_programs.cuda_home() is None or cuda_programs.nvcc() is None, reason="no nvcc: set CUDA_HOME"
+)
+every_source = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    "architecture",
+    ["sm_90a", pytest.param("sm_80", marks=pytest.mark.slow), pytest.param("sm_100", marks=pytest.mark.slow)],
+)
+@every_source
+def test_compiles_alone(source, architecture):
+    """Without a warning, a spilled register or any other local memory, and without torch's headers."""
+    assert cuda_programs.compiled(source, architecture).stat().st_size > 0
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("source", [SIM / "scans.cu", SIM / "wrappers.cu"], ids=lambda source: source.name)
+def test_programs_link(source):
+    """As a machine with a GPU builds them."""
+    assert cuda_programs.device_program(source).stat().st_size > 0
+
+
+@needs_nvcc
+@every_source
+def test_includes_no_torch(source):
+    """They take a compiler ten seconds, and belong to csrc/ops/."""
+    listed = cuda_programs.build([*cuda_programs.nvcc_command(source, "sm_90a"), "-M"], ".d").read_text(
+        encoding="utf-8"
+    )
+    assert "gpu.h" in listed
+    assert not re.findall(r"\S*/(?:torch|ATen|c10)/\S*", listed)
+
+
+def cuobjdump() -> str | None:
+    packaged = Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin", "cuobjdump")
+    return str(packaged) if packaged.exists() else shutil.which("cuobjdump")
+
+
+def instructions(source: Path) -> dict[str, collections.Counter]:
+    """How often each instruction occurs in each kernel, by mangled name."""
+    command = [str(cuobjdump()), "-sass", str(cuda_programs.compiled(source, "sm_90a"))]
+    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {}
+    for part in re.split(r"\n\s*Function : ", sass)[1:]:
+        opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9]*)", part)
+        found[part.split()[0]] = collections.Counter(opcodes)
+    return found
+
+
+@needs_nvcc
+@pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+@every_source
+def test_instructions(source):
+    """No local memory in the machine's code either; tensor cores where a kernel is written for them."""
+    kernels = instructions(source)
+    assert kernels
+    for kernel, counts in kernels.items():
+        assert counts["EXIT"] > 0, kernel
+        assert (counts["LDL"], counts["STL"]) == (0, 0), kernel
+    for name in TENSOR_CORE_KERNELS.get(source.stem, []):
+        counts = [counts["HMMA"] for kernel, counts in kernels.items() if f"{len(name)}{name}" in kernel]
+        assert counts and min(counts) > 0, name
+
+
+def without_comments(path: Path) -> str:
+    """Line numbers and strings stay."""
+    return re.sub(r"//.*", "", path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_cuda_syntax_stays_in_gpu_h(path):
+    if path.name == "gpu.h":
+        return
+    assert re.findall(r"\basm\b|__shared__|<<<|__syncthreads|__shfl|__ballot|cudaLaunch", without_comments(path)) == []
+
+
+def unbraced_branches(text: str) -> list[str]:
+    """The branches of `if constexpr` without braces: nvcc 13.0 dropped the code of some, inside lambdas, silently."""
+    found = []
+    for match in re.finditer(r"\bif constexpr\s*\(", text):
+        at, depth = match.end(), 1
+        while depth:
+            depth += {"(": 1, ")": -1}.get(text[at], 0)
+            at += 1
+        line = f"line {text.count(chr(10), 0, match.start()) + 1}"
+        if text[at:].lstrip()[:1] != "{":
+            found.append(line)
+            continue
+        at = text.index("{", at) + 1
+        depth = 1
+        while depth:
+            depth += {"{": 1, "}": -1}.get(text[at], 0)
+            at += 1
+        if re.match(r"\s*else\b(?!\s*(?:\{|if constexpr))", text[at:]):
+            found.append(f"{line}, else")
+    return found
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_branches_of_if_constexpr_have_braces(path):
+    assert unbraced_branches(without_comments(path)) == []
+
+
+def test_unbraced_branches_are_found():
+    text = "if constexpr (a(b)) x();\nif constexpr (c) { y(); } else z();\nif constexpr (d) {} else if constexpr (e) {}"
+    assert unbraced_branches(text) == ["line 1", "line 2, else"]
