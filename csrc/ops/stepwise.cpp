@@ -107,8 +107,8 @@ class Steps {
   Tensor without_padding(const Tensor& t) const {
     if (!lengths_.defined()) return t;
     const Tensor step = at::arange(table_.steps, lengths_.options());
-    const Tensor padding =
-        batch_first_ ? step.unsqueeze(0).ge(lengths_.unsqueeze(1)) : step.unsqueeze(1).ge(lengths_.unsqueeze(0));
+    const Tensor padding = batch_first_ ? step.unsqueeze(0).ge(lengths_.unsqueeze(1))
+                                        : step.unsqueeze(1).ge(lengths_.unsqueeze(0));
     return t.masked_fill(padding.reshape({-1, 1}), 0);
   }
 
