@@ -90,7 +90,9 @@ struct BackwardParams {
   const T* w_hr = nullptr;              // [P, H] or null
   const T* reserve = nullptr;           // [rows, reserve_stride]
   int64_t reserve_stride = 0;           //
-  const T* previous_h = nullptr;        // [rows, outputs] the h that entered each step, zeros where none did
+  const T* output = nullptr;            // [rows, output_stride] if part of a gradient flows to h_{t-1} directly
+  int64_t output_stride = 0;            //
+  const T* h0 = nullptr;                // [N, outputs] or null: zeros
   const T* c0 = nullptr;                // [N, H] or null: zeros
   const T* grad_output = nullptr;       // [rows, grad_output_stride] or null
   int64_t grad_output_stride = 0;       //

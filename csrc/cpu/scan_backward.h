@@ -118,13 +118,15 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
       r.carry = p_.carry + n * units;
       r.carry_in = flows_on ? r.carry : nullptr;
       r.saved = p_.reserve + row * p_.reserve_stride;
+      const bool flows = sequence.flows(t, p_.reverse), enters = sequence.enters(t, p_.reverse);
       if constexpr (kState == ElementState::kCell) {
-        r.previous = sequence.flows(t, p_.reverse)
-                         ? p_.reserve + rows_.row(before, n) * p_.reserve_stride + (Cell::kSaved - 1) * units
-                     : sequence.enters(t, p_.reverse) && p_.c0 != nullptr ? p_.c0 + n * units
-                                                                          : s_.zeros;
-      } else {
-        r.previous = p_.previous_h + row * outputs;
+        r.previous = flows ? p_.reserve + rows_.row(before, n) * p_.reserve_stride + (Cell::kSaved - 1) * units
+                     : enters && p_.c0 != nullptr ? p_.c0 + n * units
+                                                  : s_.zeros;
+      } else if constexpr (kState == ElementState::kHidden) {
+        r.previous = flows                        ? p_.output + rows_.row(before, n) * p_.output_stride
+                     : enters && p_.h0 != nullptr ? p_.h0 + n * outputs
+                                                  : s_.zeros;
       }
       r.grad_output = p_.grad_output == nullptr ? nullptr : p_.grad_output + row * p_.grad_output_stride;
       r.grad_cells = p_.grad_cells == nullptr ? nullptr : p_.grad_cells + row * p_.grad_cells_stride;

@@ -122,9 +122,9 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, const Tenso
   return result.with_reserve(need_reserve ? gates : at::empty({0}, options));
 }
 
-// The h that entered each step, [rows, outputs]: the output of the step before, the initial state, or zeros.
+// The same as a copy, for rows that end or start anew: [rows, outputs], zeros where no state entered.
 template <class T>
-Tensor previous_outputs(const Rows& rows, int64_t total, const Tensor& output, int d, const Tensor& h0, int64_t width) {
+Tensor copy_previous(const Rows& rows, int64_t total, const Tensor& output, int d, const Tensor& h0, int64_t width) {
   Tensor previous = at::zeros({total, width}, output.options());
   T* to = previous.mutable_data_ptr<T>();
   const bool reverse = d == 1;
@@ -194,8 +194,18 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
       g.grad_projected = allocate(z.outputs);
       g.activation = reserve.select(0, d).view({total, reserve_columns}).narrow(1, cell.saved * z.units, z.units);
     }
-    if (cell.carries_h || a.wants_weight(l.w_hh(d))) {
-      g.previous = previous_outputs<T>(rows, total, output, d, hx.empty() ? Tensor() : hx[0].select(0, d), z.outputs);
+    const Tensor h0 = hx.empty() ? Tensor() : hx[0].select(0, d);
+    if (a.wants_weight(l.w_hh(d))) {
+      if (table.ragged() || rows.reset != nullptr || rows.batch_stride != 1 || groups > 0) {
+        g.previous = copy_previous<T>(rows, total, output, d, h0, z.outputs);
+      } else {
+        const int64_t later = total - z.batch;  // rows but those of a direction's first step
+        const Tensor states = output.view({total, directions * z.outputs}).narrow(1, d * z.outputs, z.outputs);
+        g.previous = states.narrow(0, d == 0 ? 0 : z.batch, later);
+        g.previous_first = d == 0 ? z.batch : 0;
+        g.initial = h0;
+        g.initial_first = d == 0 ? 0 : later;
+      }
     }
     BackwardParams<T>& p = params[d];
     p.reverse = d == 1;
@@ -203,7 +213,9 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
     if (l.projected) p.w_hr = data<T>(weights[l.w_hr(d)]);
     p.reserve = direction(data<T>(reserve), d, total * reserve_columns);
     p.reserve_stride = reserve_columns;
-    p.previous_h = data<T>(g.previous);
+    p.output = direction(data<T>(output), d, z.outputs);
+    p.output_stride = directions * z.outputs;
+    p.h0 = data<T>(h0);
     if (hx.size() > 1) p.c0 = direction(data<T>(hx[1]), d, z.batch * z.units);
     p.grad_output = direction(data<T>(grads[0]), d, z.outputs);
     p.grad_output_stride = directions * z.outputs;

@@ -58,6 +58,17 @@ class Reduction {
   int64_t groups_;
 };
 
+Tensor recurrent_weight(const Reduction& reduction, const DirectionGradients& g) {
+  const auto of_rows = [&](int64_t first, const Tensor& h) {
+    std::vector<Tensor> parts;
+    for (const Tensor& part : g.recurrent) parts.push_back(part.narrow(0, first, h.size(0)));
+    return reduction.outer(parts, h);
+  };
+  Tensor grad = of_rows(g.previous_first, g.previous);
+  if (g.initial.defined()) grad.add_(of_rows(g.initial_first, g.initial));
+  return grad;
+}
+
 Tensor allocate(std::vector<int64_t> rows, int64_t last, const at::TensorOptions& options, bool clear) {
   rows.push_back(last);
   return clear ? at::zeros(rows, options) : at::empty(rows, options);
@@ -107,7 +118,7 @@ Tensors layer_gradients(const BackwardArguments& a, const ScanGradients& scan, c
                          : result[0].addmm_(g.input_gates, a.weights[l.w_ih(d)]);
     }
     if (a.wants_weight(l.w_ih(d))) weight(l.w_ih(d)) = reduction.outer(g.input_gates, a.input);
-    if (a.wants_weight(l.w_hh(d))) weight(l.w_hh(d)) = reduction.outer(g.recurrent, g.previous);
+    if (a.wants_weight(l.w_hh(d))) weight(l.w_hh(d)) = recurrent_weight(reduction, g);
     if (l.biases && a.wants_weight(l.b_ih(d))) weight(l.b_ih(d)) = reduction.sum(g.input_gates);
     if (l.biases && a.wants_weight(l.b_hh(d))) {
       const bool same = cell.separate == 0 && a.wants_weight(l.b_ih(d));

@@ -44,9 +44,14 @@ struct LayerResult {
 struct DirectionGradients {
   Tensor input_gates;             // [rows, G*H] gradients of the input projection
   std::vector<Tensor> recurrent;  // of the recurrent projection, in parts whose columns make up G*H; each [rows, *]
-  Tensor previous;                // [rows, outputs] the h that entered each step, zeros where none did
-  Tensor grad_projected;          // [rows, P] projected only
-  Tensor activation;              // [rows, H] projected only
+  // The h that entered the steps, zeros in rows that neither of the two has. Where no row ends or starts anew, `previous`
+  // is the output itself, a step further on, and nothing is copied.
+  Tensor previous;  // [previous rows, outputs]
+  int64_t previous_first = 0;  // the gate gradients' row that goes with the first of these
+  Tensor initial;  // [N, outputs] or undefined: zeros, or in `previous`
+  int64_t initial_first = 0;  //
+  Tensor grad_projected;  // [rows, P] projected only
+  Tensor activation;  // [rows, H] projected only
 };
 
 struct ScanGradients {

@@ -272,25 +272,14 @@ struct Problem {
     const CpuPlan packed;
     forward(packed);
     const std::vector<T> a = random(r, output.size(), 1), b = random(r, h_n.size(), 1);
-    std::vector<T> previous(steps * batch * outputs, 0);
-    for (int64_t t = 0; t < steps; ++t) {
-      for (int64_t n = 0; n < batch; ++n) {
-        const int64_t row = t * batch + n;
-        if (t >= length[n]) continue;
-        const T* from = rows.sequence(n).flows(t, reverse)    ? &output[(reverse ? row + batch : row - batch) * outputs]
-                        : rows.sequence(n).enters(t, reverse) ? &h0[n * outputs]
-                                                     : nullptr;
-        if (from != nullptr) std::copy_n(from, outputs, &previous[row * outputs]);
-      }
-    }
     std::vector<T> grad_gates(steps * batch * kInputs<Cell> * units, 0), grad_projected(steps * batch * outputs, 0);
     std::vector<T> carry(batch * units, 0), grad_first(batch * Cell::kGates * units, 0);
-    const std::vector<T> saved = reserve;
+    const std::vector<T> saved = reserve, states = output;
     BackwardParams<T> p;
     p.reverse = reverse;
     p.w_hh = w_hh.data(), p.w_hr = w_hr.data();
     p.reserve = saved.data(), p.reserve_stride = columns();
-    p.previous_h = previous.data(), p.c0 = c0.data();
+    p.output = states.data(), p.output_stride = outputs, p.h0 = h0.data(), p.c0 = c0.data();
     p.grad_output = a.data(), p.grad_output_stride = outputs;
     p.grad_h_n = b.data();
     p.grad_gates = grad_gates.data(), p.grad_projected = grad_projected.data();
