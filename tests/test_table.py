@@ -52,7 +52,8 @@ def dual(library, name):
 
 
 def second(library, name):
-    return hessian(lambda x: getattr(library, name)(3, 5)(x)[0].sum())(X)
+    net = getattr(library, name)(3, 5)
+    return hessian(lambda x: net(x)[0].sum())(X)
 
 
 TRIED = {
