@@ -47,8 +47,8 @@ def same(compiled, net, *given, training=True):
         torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-@pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "automatic"])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["training", "inference"])
+@pytest.mark.parametrize("dynamic", [True, pytest.param(None, marks=pytest.mark.slow)], ids=["dynamic", "automatic"])
 @pytest.mark.parametrize("hx", [True, False], ids=["hx", "zeros"])
 @pytest.mark.parametrize("features", [True, False], ids=["features", "plain"])
 @pytest.mark.parametrize("name", ["LSTM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("RNN", "GRU"))])
@@ -99,7 +99,7 @@ def test_functional(name):
 
 
 @pytest.mark.parametrize(
-    "name, dynamic", [("RNN", None), ("LSTM", True), pytest.param("GRU", True, marks=pytest.mark.slow)]
+    "name, dynamic", [("LSTM", True), *(pytest.param(n, None, marks=pytest.mark.slow) for n in ("RNN", "GRU"))]
 )
 def test_inductor(name, dynamic):
     net = getattr(fastrnn, name)(3, 5, 2, bidirectional=True, batch_first=True)
@@ -195,10 +195,8 @@ def test_export_saved_and_loaded(name, hx, features, strict, tmp_path):
         torch.testing.assert_close(loaded(*given), model(*given), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    "name, hx, features",
-    [("LSTM", False, True), *(pytest.param(name, True, False, marks=pytest.mark.slow) for name in ("RNN", "GRU"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name, hx, features", [("LSTM", False, True), ("RNN", True, False), ("GRU", True, False)])
 def test_aot_inductor(name, hx, features, tmp_path):
     model, program = exported(name, hx, features, strict=False)
     package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))

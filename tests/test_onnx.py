@@ -14,12 +14,12 @@ pytestmark = pytest.mark.usefixtures("native")
 
 BOTH_WAYS = {"num_layers": 2, "bidirectional": True}
 MODELS = [
-    ("LSTM", {}, False, False),
+    pytest.param("LSTM", {}, False, False, marks=pytest.mark.slow),
     ("LSTM", BOTH_WAYS, True, True),
     ("LSTM", {**BOTH_WAYS, "batch_first": True, "bias": False}, False, True),
     ("GRU", BOTH_WAYS, True, True),
-    ("GRU", {"batch_first": True, "bias": False}, True, False),
-    ("RNN", {"bidirectional": True}, True, True),
+    pytest.param("GRU", {"batch_first": True, "bias": False}, True, False, marks=pytest.mark.slow),
+    pytest.param("RNN", {"bidirectional": True}, True, True, marks=pytest.mark.slow),
     ("RNN", {**BOTH_WAYS, "nonlinearity": "relu"}, False, False),
 ]
 
