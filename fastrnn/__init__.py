@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 _backend.initialize()
 
-from . import functional  # noqa: E402
+from . import functional, onnx  # noqa: E402
 from ._backend import backend  # noqa: E402
 from ._explain import build_info, explain  # noqa: E402
 from .cells import GRUCell, LSTMCell, RNNCell  # noqa: E402
@@ -32,5 +32,6 @@ __all__ = [
     "convert",
     "explain",
     "functional",
+    "onnx",
     "to_torch",
 ]

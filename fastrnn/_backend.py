@@ -161,15 +161,15 @@ def python_layer(
 
 def check_lengths_range(lengths: Tensor, steps: int) -> None:
     """The native op's own check of the values, where they lie on the CPU and can be read."""
-    readable = (
-        lengths.is_cpu and not torch.compiler.is_compiling() and not torch._C._functorch.is_batchedtensor(lengths)
-    )
-    if not readable:
+    if not lengths.is_cpu or torch.compiler.is_compiling():
         return
+    while torch._C._functorch.is_functorch_wrapped_tensor(lengths):  # under vmap: the lengths of all samples
+        lengths = torch._C._functorch.get_unwrapped(lengths)
     wrong = ((lengths < 0) | (lengths > steps)).nonzero()
     if len(wrong) > 0:
-        index = int(wrong[0])
-        raise RuntimeError(f"lengths should be between 0 and {steps}, got {int(lengths[index])} at index {index}")
+        where = wrong[0].tolist()
+        value, index = int(lengths[tuple(where)]), where[0] if len(where) == 1 else where
+        raise RuntimeError(f"lengths should be between 0 and {steps}, got {value} at index {index}")
 
 
 def _check_layer(
@@ -270,6 +270,15 @@ def _check_batch_sizes(batch_sizes: Tensor, batch: int, rows: int) -> None:
         before = size
     if int(batch_sizes.sum()) != rows:
         raise RuntimeError(f"Expected batch_sizes to add up to {rows} rows, got {int(batch_sizes.sum())}")
+
+
+def wants_states() -> bool:
+    """Whether initial states must be tensors even where they are zeros.
+
+    torch.export keeps an empty list as it is, but AOTInductor then calls the op with None in its place. ONNX has a
+    way of its own to say zeros: nothing.
+    """
+    return torch.compiler.is_exporting() and not torch.onnx.is_in_onnx_export()
 
 
 def zero_states(cell: str, input: Tensor, weights: Sequence[Tensor], rows: int, batch: int) -> list[Tensor]:

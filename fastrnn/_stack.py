@@ -44,10 +44,13 @@ def stack(
     if hx is not None:
         check_hidden(hx)
         states = list(hx)
-    elif batch_sizes is None:
-        states = []
-    else:  # the number of rows does not show in a packed input: the op takes it from the states
+    elif batch_sizes is not None:  # the number of rows does not show in a packed input: the op takes it from the states
         states = _backend.zero_states(cell, input, weights, num_layers * directions, _backend.packed_batch(batch_sizes))
+    elif _backend.wants_states():
+        batch = input.shape[0 if batch_first else 1]
+        states = _backend.zero_states(cell, input, weights, num_layers * directions, batch)
+    else:
+        states = []
     route = _backend.choose(input, features or need_steps)
     if route == "torch":
         output, *final = _backend.torch_layers(
@@ -102,7 +105,7 @@ def plain_layer(
     What stack checks, a module has right already, and the op checks the rest.
     """
     ops = _backend.layer_ops
-    if ops is None or _backend.choose(input, False) != "native":
+    if ops is None or _backend.choose(input, False) != "native" or (not hx and _backend.wants_states()):
         return None
     return ops[cell](input, hx, weights, None, None, None, bidirectional, batch_first, False, False)
 

@@ -344,7 +344,11 @@ def _cell(
         raise RuntimeError(f"input has inconsistent input_size: got {size} expected {w_ih.shape[1]}")
     if hx is not None:
         check_hidden(hx)
-    states = [] if hx is None else list(hx)
+        states = list(hx)
+    elif _backend.wants_states():
+        states = [state.squeeze(0) for state in _backend.zero_states(cell, input, [w_ih, w_hh], 1, batch)]
+    else:
+        states = []
     for index, state in enumerate(states):
         if state.dim() != 2:
             raise RuntimeError(f"hidden{index} must have 2 dimensions, got {state.dim()}")

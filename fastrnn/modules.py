@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from ._init import RecurrentInit, apply_options, option_words, set_options
 from ._stack import plain_layer, stack
 
 __all__ = ["GRU", "LSTM", "RNN", "LSTMStates", "States"]
@@ -44,6 +45,32 @@ class _Layers(torch.nn.RNNBase):
 
     _name: ClassVar[str]  # in error messages
     _input_error: ClassVar[str] = "{}: Expected input to be 2D or 3D, got {}D instead"
+
+    recurrent_init: str = "uniform"
+    forget_bias: float | None = None
+
+    def __init__(
+        self,
+        mode: str,
+        *args: Any,
+        recurrent_init: str = "uniform",
+        forget_bias: float | None = None,
+        device: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        set_options(self, recurrent_init, forget_bias)
+        if device is not None:  # torch.nn takes it by position too
+            kwargs["device"] = device
+        super().__init__(mode, *args, **kwargs)
+
+    def reset_parameters(self) -> None:
+        """As torch.nn does; then ``recurrent_init`` and ``forget_bias``, if they were given."""
+        super().reset_parameters()
+        names = self._flat_weights_names
+        apply_options(self, [name.removeprefix("weight_hh") for name in names if name.startswith("weight_hh")])
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + option_words(self)
 
     def flatten_parameters(self) -> None:
         """Do nothing: the weights need not lie together."""
@@ -141,6 +168,48 @@ class _Layers(torch.nn.RNNBase):
     def _map_hidden(self, hx: Any, function: Any) -> Any:
         return function(hx)
 
+    def __prepare_scriptable__(self) -> "_Layers":
+        """Called by torch.jit.script: the compiled code reads the parameters where torch.nn's does."""
+        for name in self._flat_weights_names:
+            if name not in self._parameters:
+                raise RuntimeError(
+                    f"torch.jit.script cannot compile {self._name} while {name} is parametrized or pruned: "
+                    "make that permanent first (remove_parametrizations, prune.remove), or use torch.jit.trace"
+                )
+        return self
+
+    def _scripted(self, input: Tensor, hx: list[Tensor], lengths: Tensor | None, reset: Tensor | None) -> list[Tensor]:
+        """What torch.jit.script compiles in place of all the rest: torch's own op. Output and final states."""
+        if lengths is not None or reset is not None:
+            raise RuntimeError("lengths and reset are not available under torch.jit.script; torch.jit.trace keeps them")
+        batch_dim = 0 if self.batch_first else 1
+        unbatched = input.dim() == 2
+        if unbatched:
+            input = input.unsqueeze(batch_dim)
+            hx = [state.unsqueeze(1) for state in hx]
+        if len(hx) == 0:
+            rows, batch = self.num_layers * (2 if self.bidirectional else 1), input.size(batch_dim)
+            outputs = self.proj_size if self.proj_size > 0 else self.hidden_size
+            for size in [outputs, self.hidden_size][: 2 if self.mode == "LSTM" else 1]:
+                hx.append(torch.zeros(rows, batch, size, dtype=input.dtype, device=input.device))
+        weights = torch.jit.annotate(list[Tensor], self._flat_weights)
+        bias, layers = self.bias, self.num_layers
+        dropout, both, first = self.dropout, self.bidirectional, self.batch_first
+        if self.mode == "LSTM":
+            output, h_n, c_n = torch._VF.lstm(input, hx, weights, bias, layers, dropout, self.training, both, first)
+            results = [output, h_n, c_n]
+        else:
+            if self.mode == "GRU":
+                pair = torch._VF.gru(input, hx[0], weights, bias, layers, dropout, self.training, both, first)
+            elif self.mode == "RNN_TANH":
+                pair = torch._VF.rnn_tanh(input, hx[0], weights, bias, layers, dropout, self.training, both, first)
+            else:
+                pair = torch._VF.rnn_relu(input, hx[0], weights, bias, layers, dropout, self.training, both, first)
+            results = [pair[0], pair[1]]
+        if unbatched:
+            results = [results[0].squeeze(batch_dim)] + [state.squeeze(1) for state in results[1:]]
+        return results
+
     def _run(
         self,
         input: Tensor,
@@ -199,9 +268,10 @@ class _SingleState(_Layers):
     @overload
     def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
 
-    def forward(
-        self, input: Any, hx: Tensor | None = None, lengths: Tensor | None = None, reset: Tensor | None = None
-    ) -> tuple[Any, Tensor]:
+    # a PackedSequence too; but what torch.jit.script compiles has the types written here
+    def forward(  # type: ignore[misc]
+        self, input: Tensor, hx: Tensor | None = None, lengths: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Run the layers.
 
         Parameters
@@ -222,8 +292,12 @@ class _SingleState(_Layers):
         ------
         ValueError, RuntimeError : as torch.nn does; and ValueError or TypeError for bad ``lengths`` or ``reset``.
         """
-        output, hidden, _ = self._forward(input, hx, lengths, reset)
-        return output, hidden
+        if torch.jit.is_scripting():
+            results = self._scripted(input, [] if hx is None else [hx], lengths, reset)
+            return results[0], results[1]
+        else:
+            output, hidden, _ = self._forward(input, hx, lengths, reset)
+            return output, hidden
 
     def forward_states(
         self, input: Any, hx: Tensor | None = None, lengths: Tensor | None = None, reset: Tensor | None = None
@@ -237,6 +311,15 @@ class RNN(_SingleState):
     """Elman RNN layers with tanh or relu: a drop-in for :class:`torch.nn.RNN`, which documents the arguments.
 
     ``forward`` also takes ``lengths`` and ``reset``, and there is ``forward_states``.
+
+    Parameters
+    ----------
+    recurrent_init : "uniform", as torch.nn, or "orthogonal": the recurrent weights of each gate begin as an orthogonal
+        matrix, Saxe et al. (2014); with a projection, one with orthonormal columns. Keyword only.
+
+    Raises
+    ------
+    ValueError, TypeError : as torch.nn does; and for another ``recurrent_init``.
     """
 
     _name = "RNN"
@@ -255,13 +338,15 @@ class RNN(_SingleState):
         bidirectional: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        recurrent_init: RecurrentInit = "uniform",
     ) -> None: ...
 
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _refuse_proj_size(kwargs)
+    def __init__(self, *args: Any, device: Any = None, **kwargs: Any) -> None:
+        _refuse_options_of_lstm(kwargs)
         if len(args) > 3:
             self.nonlinearity = args[3]
             args = args[:3] + args[4:]
@@ -269,13 +354,22 @@ class RNN(_SingleState):
             self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
         if self.nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
-        super().__init__("RNN_TANH" if self.nonlinearity == "tanh" else "RNN_RELU", *args, **kwargs)
+        super().__init__("RNN_TANH" if self.nonlinearity == "tanh" else "RNN_RELU", *args, device=device, **kwargs)
 
 
 class GRU(_SingleState):
     """GRU layers: a drop-in for :class:`torch.nn.GRU`, which documents the arguments.
 
     ``forward`` also takes ``lengths`` and ``reset``, and there is ``forward_states``.
+
+    Parameters
+    ----------
+    recurrent_init : "uniform", as torch.nn, or "orthogonal": the recurrent weights of each gate begin as an orthogonal
+        matrix, Saxe et al. (2014); with a projection, one with orthonormal columns. Keyword only.
+
+    Raises
+    ------
+    ValueError, TypeError : as torch.nn does; and for another ``recurrent_init``.
     """
 
     _name = "GRU"
@@ -292,20 +386,34 @@ class GRU(_SingleState):
         bidirectional: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        recurrent_init: RecurrentInit = "uniform",
     ) -> None: ...
 
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _refuse_proj_size(kwargs)
-        super().__init__("GRU", *args, **kwargs)
+    def __init__(self, *args: Any, device: Any = None, **kwargs: Any) -> None:
+        _refuse_options_of_lstm(kwargs)
+        super().__init__("GRU", *args, device=device, **kwargs)
 
 
 class LSTM(_Layers):
     """LSTM layers, with projection too: a drop-in for :class:`torch.nn.LSTM`, which documents the arguments.
 
     ``forward`` also takes ``lengths`` and ``reset``, and there is ``forward_states``.
+
+    Parameters
+    ----------
+    recurrent_init : "uniform", as torch.nn, or "orthogonal": the recurrent weights of each gate begin as an orthogonal
+        matrix, Saxe et al. (2014); with a projection, one with orthonormal columns. Keyword only.
+    forget_bias : what the forget gate's two biases begin with, as a sum; 1.0 lets a new LSTM remember, Gers et al.
+        (2000), Jozefowicz et al. (2015). None: as torch.nn, random around zero. Keyword only.
+
+    Raises
+    ------
+    ValueError, TypeError : as torch.nn does; and for another ``recurrent_init``, a ``forget_bias`` that is no number,
+        and one without biases.
     """
 
     _name = "LSTM"
@@ -323,13 +431,16 @@ class LSTM(_Layers):
         proj_size: int = 0,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        recurrent_init: RecurrentInit = "uniform",
+        forget_bias: float | None = None,
     ) -> None: ...
 
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__("LSTM", *args, **kwargs)
+    def __init__(self, *args: Any, device: Any = None, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, device=device, **kwargs)
 
     # a pair of states needs torch.nn.LSTM's own versions of these
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
@@ -361,13 +472,13 @@ class LSTM(_Layers):
         self, input: PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...
 
-    def forward(
+    def forward(  # type: ignore[misc]
         self,
-        input: Any,
+        input: Tensor,
         hx: tuple[Tensor, Tensor] | None = None,
         lengths: Tensor | None = None,
         reset: Tensor | None = None,
-    ) -> tuple[Any, tuple[Tensor, Tensor]]:
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Run the layers.
 
         Parameters
@@ -386,8 +497,12 @@ class LSTM(_Layers):
         ------
         ValueError, RuntimeError : as torch.nn does; and ValueError or TypeError for bad ``lengths`` or ``reset``.
         """
-        output, hidden, _ = self._forward(input, hx, lengths, reset)
-        return output, hidden
+        if torch.jit.is_scripting():
+            results = self._scripted(input, [] if hx is None else [hx[0], hx[1]], lengths, reset)
+            return results[0], (results[1], results[2])
+        else:
+            output, hidden, _ = self._forward(input, hx, lengths, reset)
+            return output, hidden
 
     def forward_states(
         self,
@@ -401,6 +516,7 @@ class LSTM(_Layers):
         return LSTMStates(output, hidden, h, c)
 
 
-def _refuse_proj_size(kwargs: dict[str, Any]) -> None:
-    if "proj_size" in kwargs:
-        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+def _refuse_options_of_lstm(kwargs: dict[str, Any]) -> None:
+    for name in ("proj_size", "forget_bias"):
+        if name in kwargs:
+            raise ValueError(f"{name} argument is only supported for LSTM, not RNN or GRU")

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, stack_module_state, vmap
 from torch.testing import assert_close
+from torch.utils._pytree import tree_leaves, tree_map
 
 import fastrnn
 
@@ -189,3 +190,163 @@ def test_vmap_over_nothing():
     net = fastrnn.GRU(INPUTS, HIDDEN)
     with pytest.raises(ValueError, match="vmap over a dimension of size 0"):
         vmap(lambda input: net(input)[0])(torch.randn(0, STEPS, BATCH, INPUTS))
+
+
+def per_sample(net):
+    """A loss of parameters, input, initial state, lengths and reset, each of which may be batched."""
+
+    def function(parameters, input, hx, lengths, reset):
+        results = functional_call(net, parameters, (input, hx, lengths, reset))
+        return sum(
+            (t * torch.linspace(0.5, 1.5, t.numel(), dtype=t.dtype).view(t.shape)).sum() for t in tree_leaves(results)
+        )
+
+    return function
+
+
+ALL_CELLS = {**CELLS, "rnn_relu": lambda *sizes, **flags: fastrnn.RNN(*sizes, nonlinearity="relu", **flags)}
+
+
+def everything(cell, flags, copies=3):
+    """A module, its parameters and those of an ensemble; input, states, lengths and resets, each for all copies."""
+    torch.manual_seed(0)
+    nets = [ALL_CELLS[cell](INPUTS, HIDDEN, dtype=torch.float64, **flags) for _ in range(copies)]
+    weights = {name: value.detach() for name, value in stack_module_state(nets)[0].items()}
+    rows = flags.get("num_layers", 1) * (2 if flags.get("bidirectional") else 1)
+    states = [torch.randn(copies, rows, BATCH, size, dtype=torch.float64) for size in (HIDDEN, HIDDEN)]
+    if cell == "lstm_proj":
+        states[0] = states[0][..., :2]
+    hx = tuple(states) if cell.startswith("lstm") else states[0]
+    x = inputs(flags, copies)
+    lengths = torch.tensor([[4, 0, 2], [2, 0, 4], [1, 2, 3]])
+    reset = torch.rand(copies, *x.shape[1:3]) < 0.3
+    parameters = {name: value[0] for name, value in weights.items()}
+    return nets[0], parameters, weights, x, hx, lengths, reset
+
+
+@pytest.mark.parametrize("cell", ALL_CELLS)
+@matrix
+def test_vmap_over_any_of_the_arguments(cell, flags):
+    net, parameters, weights, x, hx, lengths, reset = everything(cell, flags)
+    loss = per_sample(net)
+    gradient = grad(loss, argnums=(0, 1, 2))
+    one_state = tree_map(lambda state: state[0], hx)
+    single = parameters, x[0], one_state, lengths[0], reset[0]
+    batched = weights, x, hx, lengths, reset
+    choices = [  # which of weights, input, states, lengths, reset
+        (True, False, False, True, True),
+        (True, True, True, True, True),
+        (False, False, False, True, False),
+        (False, False, False, False, True),
+        (False, False, True, False, False),
+        (False, True, False, True, False),
+    ]
+    for choice in choices:
+        arguments = [many if wanted else one for many, one, wanted in zip(batched, single, choice, strict=True)]
+        found = vmap(gradient, in_dims=tuple(0 if wanted else None for wanted in choice))(*arguments)
+        expected = [
+            gradient(
+                *(
+                    tree_map(lambda t, i=i: t[i], argument) if wanted else argument
+                    for argument, wanted in zip(arguments, choice, strict=True)
+                )
+            )
+            for i in range(3)
+        ]
+        assert_close(found, tree_map(lambda *parts: torch.stack(parts), *expected), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("cell", ALL_CELLS)
+@matrix
+def test_vmap_nested_chunked_and_over_other_dims(cell, flags):
+    net, parameters, weights, x, hx, lengths, reset = everything(cell, flags)
+    hx = tree_map(lambda state: state[0], hx)
+    gradient = grad(per_sample(net), argnums=(0, 1))
+    inner = (None, 0, None, 0, None)
+    both(lambda: vmap(vmap(gradient, in_dims=inner), in_dims=(0, None, None, None, 0))(weights, x, hx, lengths, reset))
+    deep = vmap(vmap(gradient, in_dims=inner), in_dims=(None, 0, None, 0, 0))
+    both(
+        lambda: vmap(deep, in_dims=(None, -1, None, None, None))(
+            parameters,
+            torch.stack([torch.stack([x, x.cos()]), torch.stack([x.sin(), -x])], -1),
+            hx,
+            torch.stack([lengths, lengths.flip(1)]),
+            reset[:2],
+        )
+    )
+    whole = vmap(gradient, in_dims=inner)(parameters, x, hx, lengths, reset[0])
+    for size in (1, 2):
+        chunked = vmap(gradient, in_dims=inner, chunk_size=size)(parameters, x, hx, lengths, reset[0])
+        assert_close(chunked, whole, rtol=1e-12, atol=1e-12)
+    w = weights["weight_hh_l0"]  # one of the weights alone, and a dimension that is not the first
+    both(
+        lambda: vmap(lambda w, x: per_sample(net)({**parameters, "weight_hh_l0": w}, x, hx, lengths[0], None), (1, -1))(
+            w.movedim(0, 1), x.movedim(0, -1)
+        )
+    )
+
+
+@pytest.mark.parametrize("cell", ALL_CELLS)
+@pytest.mark.parametrize(
+    "flags",
+    [STACKS[0], *(pytest.param(flags, marks=pytest.mark.slow) for flags in STACKS[1:])],
+    ids=["one", "stacked", "both_ways"],
+)
+def test_derivatives_of_derivatives_with_features(cell, flags):
+    net, parameters, _, x, hx, lengths, reset = everything(cell, flags)
+    hx = tree_map(lambda state: state[0], hx)
+    loss = per_sample(net)
+
+    def along(scale):  # a curve through everything that has a derivative
+        moved = tree_map(lambda t: t + (scale - 1) * t.cos(), (parameters, x[0], hx))
+        return loss(*moved, lengths[0], reset[0])
+
+    one = torch.ones((), dtype=torch.float64)
+    for first, second in ((jacfwd, jacfwd), (jacfwd, jacrev), (jacrev, jacfwd), (jacrev, jacrev)):
+        both(lambda first=first, second=second: first(second(along))(one))
+    both(lambda: jacfwd(jacfwd(jacrev(along)))(one))
+    both(lambda: vmap(lambda t: jvp(lambda x: loss(parameters, x, hx, lengths[0], reset[0]), (x[0],), (t,))[1])(x))
+    both(lambda: vmap(jacfwd(lambda x, n: loss(parameters, x, hx, n, reset[0])))(x, lengths))
+    both(lambda: linearize(lambda x: loss(parameters, x, hx, lengths[0], reset[0]), x[0])[1](x[1]))
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_dropout_under_vmap(batch_first):
+    """The masks are vmap's ``randomness``; nobody draws without being told how."""
+    net = fastrnn.LSTM(INPUTS, 17, 2, dropout=0.5, batch_first=batch_first)
+    x = torch.randn(STEPS, BATCH, INPUTS).expand(3, STEPS, BATCH, INPUTS)
+    same = vmap(lambda x: net(x)[0], randomness="same")(x)
+    assert torch.equal(same[0], same[1])
+    different = vmap(lambda x: net(x)[0], randomness="different")(x)
+    assert not torch.equal(different[0], different[1])
+    with pytest.raises(RuntimeError, match="randomness"):
+        vmap(lambda x: net(x)[0])(x)
+    net.eval()
+    assert_close(vmap(lambda x: net(x)[0])(x)[2], net(x[2])[0])
+
+
+def test_bad_lengths_under_vmap(backend):
+    net, x = fastrnn.GRU(INPUTS, HIDDEN), torch.randn(STEPS, 2, INPUTS)
+    with pytest.raises(RuntimeError, match="lengths should be between 0 and 4, got 9"):
+        vmap(lambda lengths: net(x, None, lengths)[0])(torch.tensor([[1, 2], [3, 9]]))
+    with pytest.raises(ValueError, match=r"lengths should have the shape \(N,\) = \(2,\), got: \(3,\)"):
+        vmap(lambda lengths: net(x, None, lengths)[0])(torch.tensor([[1, 2, 3], [3, 2, 1]]))
+
+
+@pytest.mark.parametrize("cell", [fastrnn.RNNCell, fastrnn.LSTMCell, fastrnn.GRUCell])
+def test_ensembles_of_cells_and_their_hessians(cell):
+    torch.manual_seed(0)
+    nets = [cell(INPUTS, HIDDEN, dtype=torch.float64) for _ in range(3)]
+    weights = {name: value.detach() for name, value in stack_module_state(nets)[0].items()}
+    x, h = torch.randn(3, BATCH, INPUTS, dtype=torch.float64), torch.randn(3, BATCH, HIDDEN, dtype=torch.float64)
+
+    def loss(parameters, x, h):
+        hx = (h, h.cos()) if cell is fastrnn.LSTMCell else h
+        return sum(state.square().sum() for state in tree_leaves(functional_call(nets[0], parameters, (x, hx))))
+
+    gradient = grad(loss, argnums=(0, 1, 2))
+    both(lambda: vmap(gradient, in_dims=(0, None, 0))(weights, x[0], h))
+    both(lambda: vmap(gradient)(weights, x, h))
+    both(lambda: vmap(hessian(loss, argnums=1), in_dims=(None, 0, None))(dict(nets[0].named_parameters()), x, h[0]))
+    both(lambda: hessian(loss)({name: value[0] for name, value in weights.items()}, x[0], h[0]))
+    both(lambda: jacfwd(lambda h: loss(dict(nets[0].named_parameters()), x[0], h))(h[0]))
