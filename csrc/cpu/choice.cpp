@@ -1,9 +1,7 @@
-// What the rest of the library knows of the kernels: the traits of the cells, and the best table for this machine.
+// The table of kernels for this machine.
 #include <unistd.h>
 
-#include <cstdlib>
-#include <stdexcept>
-
+#include "cpu/capability.h"
 #include "cpu/kernels.h"
 
 namespace fastrnn {
@@ -16,38 +14,20 @@ extern const CpuKernels kernels_avx512;
 
 namespace {
 
-template <class Cell>
-constexpr CellTraits traits_of() {
-  return {Cell::kGates, Cell::kSeparate, Cell::kSaved, kStates<Cell>, Cell::kState == ElementState::kHidden};
-}
-
-template <class... Cells>
-const CellTraits& traits_among(CellKind kind, CellList<Cells...>) {
-  static constexpr CellTraits kTraits[] = {traits_of<Cells>()...};
-  return kTraits[static_cast<int>(kind)];
-}
-
 const CpuKernels& choose() {
-  const char* variable = std::getenv("FASTRNN_CPU_CAPABILITY");
-  const std::string wanted = variable == nullptr ? "" : variable;
-  if (!wanted.empty() && wanted != "avx512" && wanted != "avx2" && wanted != "default") {
-    throw std::invalid_argument("FASTRNN_CPU_CAPABILITY should be 'avx512', 'avx2' or 'default', got '" + wanted + "'");
-  }
+  switch (cpu_capability()) {
 #ifdef FASTRNN_X86
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  // the variable lowers the choice; what the machine lacks can't be asked for
-  if (avx512 && (wanted.empty() || wanted == "avx512")) return kernels_avx512;
-  if (avx2 && wanted != "default") return kernels_avx2;
+    case CpuCapability::kAvx512:
+      return kernels_avx512;
+    case CpuCapability::kAvx2:
+      return kernels_avx2;
 #endif
-  return kernels_default;
+    default:
+      return kernels_default;
+  }
 }
 
 }  // namespace
-
-const CellTraits& traits(CellKind kind) { return traits_among(kind, AllCells()); }
 
 const CpuKernels& cpu_kernels() {
   static const CpuKernels& kernels = choose();

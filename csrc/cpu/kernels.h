@@ -9,16 +9,6 @@
 
 namespace fastrnn {
 
-// What the rest of the library must know of a cell.
-struct CellTraits {
-  int gates = 0;         // G
-  int separate = 0;      // S
-  int saved = 0;         // columns of the reserve, in units of H
-  int states = 0;        // h, and c where there is one
-  bool carries_h = false;  // part of a step's gradient flows to h_{t-1} element by element
-};
-const CellTraits& traits(CellKind kind);
-
 struct Scan {
   CellKind kind;
   LayerShape shape;
