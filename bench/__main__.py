@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -26,10 +27,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=("layers", "charlm", "all"),
+        choices=("layers", "charlm", "streaming", "all"),
         default="layers",
-        help="layers: the rows selected below (default); charlm: train the language model; "
-        "all: both, within --total seconds, written to --out",
+        help="layers: the rows selected below (default); charlm: train the language model; streaming: one step at a "
+        "time, by sessions; all: layers and charlm, within --total seconds, written to --out",
     )
     parser.add_argument("--cell", nargs="+", choices=cases.CELLS, default=list(cases.CELLS))
     parser.add_argument("--case", nargs="+", metavar="NAME", help="names or patterns such as 'stream-*' (default: all)")
@@ -42,7 +43,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--total", type=float, default=270.0, help="seconds for all that 'all' does (default 270)")
     parser.add_argument("--quick", action="store_true", help="a language model of a few seconds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE as well")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where 'all' writes (default bench/out)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where 'all' writes (default bench/out), and streaming if given"
+    )
     return parser.parse_args(arguments)
 
 
@@ -62,6 +65,9 @@ def run(options: argparse.Namespace, console: Console) -> None:
             "held up by it, and ratios are unreliable.",
             style="yellow",
         )
+
+    if options.what == "streaming":
+        return run_streaming(options, console, info)
 
     language_model = None
     if options.what in ("all", "charlm"):
@@ -83,6 +89,20 @@ def run(options: argparse.Namespace, console: Console) -> None:
     if options.what == "all":
         written = report.write(rows, info, language_model, options.out or report.OUT)
         console.print("Written: " + ", ".join(str(path) for path in written))
+
+
+def run_streaming(options: argparse.Namespace, console: Console, info: dict[str, Any]) -> None:
+    """The steps of sessions against those of modules and, with --peer, of ONNX Runtime."""
+    from bench import streaming
+
+    rows = streaming.run(options.case, options.cell, "onnxruntime" in options.peer, options.budget)
+    streaming.show(rows, console)
+    if options.json:
+        options.json.write_text(streaming.to_json(rows, info), encoding="utf-8")
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "streaming.md").write_text(streaming.to_markdown(rows, info), encoding="utf-8")
+        console.print(f"Written: {options.out / 'streaming.md'}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

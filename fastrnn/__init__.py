@@ -16,6 +16,7 @@ from ._explain import build_info, explain  # noqa: E402
 from .cells import GRUCell, LSTMCell, RNNCell  # noqa: E402
 from .convert import convert, to_torch  # noqa: E402
 from .modules import GRU, LSTM, RNN, LSTMStates, States  # noqa: E402
+from .streaming import StreamingSession  # noqa: E402
 
 __all__ = [
     "GRU",
@@ -26,6 +27,7 @@ __all__ = [
     "LSTMStates",
     "RNNCell",
     "States",
+    "StreamingSession",
     "__version__",
     "backend",
     "build_info",

@@ -97,19 +97,6 @@ def run_layer(route: str, cell: str, *arguments: Any) -> list[Tensor]:
     return _backend.python_layer(cell, *arguments)
 
 
-def plain_layer(
-    cell: str, input: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor], bidirectional: bool, batch_first: bool
-) -> list[Tensor] | None:
-    """The commonest call in as few steps as can be: one layer, native, no feature; None where stack must decide.
-
-    What stack checks, a module has right already, and the op checks the rest.
-    """
-    ops = _backend.layer_ops
-    if ops is None or _backend.choose(input, False) != "native" or (not hx and _backend.wants_states()):
-        return None
-    return ops[cell](input, hx, weights, None, None, None, bidirectional, batch_first, False, False)
-
-
 def _split_states(states: Sequence[Tensor], num_layers: int, directions: int) -> list[list[Tensor]]:
     for index, state in enumerate(states):
         if state.dim() != 3:

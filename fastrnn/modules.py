@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from . import _backend
 from ._init import RecurrentInit, apply_options, option_words, set_options
-from ._stack import plain_layer, stack
+from ._stack import stack
 
 __all__ = ["GRU", "LSTM", "RNN", "LSTMStates", "States"]
 
@@ -92,6 +93,26 @@ class _Layers(torch.nn.RNNBase):
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.size(-1)}"
             )
 
+    def _plain(self, input: Tensor, hx: Any) -> tuple[Tensor, Any] | None:
+        """The commonest call: one layer, batched, native, no feature; None for any other, and for one with a fault.
+
+        A small layer takes less time than torch.nn's checks and the stack between it and the caller. The op has all of
+        these checks itself; only to put a complaint into torch.nn's words are they made here, once it has refused.
+        """
+        ops = _backend.layer_ops
+        if ops is None or self.num_layers != 1 or isinstance(input, PackedSequence) or input.dim() != 3:
+            return None
+        if _backend.choose(input, False) != "native" or (hx is None and _backend.wants_states()):
+            return None
+        lstm = self.mode == "LSTM"
+        states = () if hx is None else hx if lstm else (hx,)
+        weights, two, batch_first = self._weights(), self.bidirectional, self.batch_first
+        try:
+            result = ops[_CELLS[self.mode]](input, states, weights, None, None, None, two, batch_first, False, False)
+        except (RuntimeError, TypeError):
+            return None
+        return result[0], (result[1], result[2]) if lstm else result[1]
+
     def _weights(self) -> list[Tensor]:
         # never _flat_weights: _parameters is what torch.func.functional_call writes to; what is missing there is an
         # attribute, of a parametrization, a pruning hook or a data-parallel replica
@@ -140,11 +161,16 @@ class _Layers(torch.nn.RNNBase):
             reset = reset.unsqueeze(batch_dim)
         input = input.unsqueeze(batch_dim)
         hx = None if hx is None else self._map_hidden(hx, lambda state: state.unsqueeze(1))
-        if hx is None:
-            self.check_input(input, None)
+        plain = self._plain(input, hx) if lengths is None and reset is None and not need_steps else None
+        steps: list[Tensor] = []
+        if plain is not None:
+            output, hidden = plain
         else:
-            self.check_forward_args(input, hx, None)
-        output, hidden, steps = self._run(input, hx, lengths, reset, None, need_steps)
+            if hx is None:
+                self.check_input(input, None)
+            else:
+                self.check_forward_args(input, hx, None)
+            output, hidden, steps = self._run(input, hx, lengths, reset, None, need_steps)
         hidden = self._map_hidden(hidden, lambda state: state.squeeze(1))
         return output.squeeze(batch_dim), hidden, [step.squeeze(batch_dim + 1) for step in steps]
 
@@ -219,32 +245,22 @@ class _Layers(torch.nn.RNNBase):
         batch_sizes: Tensor | None,
         need_steps: bool,
     ) -> tuple[Tensor, Any, list[Tensor]]:
-        cell, weights = _CELLS[self.mode], self._weights()
-        states = (hx,) if isinstance(hx, Tensor) else hx
-        hidden: Sequence[Tensor]
-        steps: list[list[Tensor]] = []
-        result = None
-        if self.num_layers == 1 and lengths is None and reset is None and batch_sizes is None and not need_steps:
-            result = plain_layer(cell, input, states or (), weights, self.bidirectional, self.batch_first)
-        if result is not None:
-            output, hidden = result[0], result[1:]
-        else:
-            output, hidden, steps = stack(
-                cell,
-                input,
-                states,
-                weights,
-                self.bias,
-                self.num_layers,
-                self.dropout,
-                self.training,
-                self.bidirectional,
-                self.batch_first,
-                lengths,
-                reset,
-                batch_sizes,
-                need_steps,
-            )
+        output, hidden, steps = stack(
+            _CELLS[self.mode],
+            input,
+            (hx,) if isinstance(hx, Tensor) else hx,
+            self._weights(),
+            self.bias,
+            self.num_layers,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+            self.batch_first,
+            lengths,
+            reset,
+            batch_sizes,
+            need_steps,
+        )
         final = (hidden[0], hidden[1]) if self.mode == "LSTM" else hidden[0]
         return output, final, self._gather_steps(steps) if need_steps else []
 
@@ -296,6 +312,10 @@ class _SingleState(_Layers):
             results = self._scripted(input, [] if hx is None else [hx], lengths, reset)
             return results[0], results[1]
         else:
+            if lengths is None and reset is None:
+                plain = self._plain(input, hx)
+                if plain is not None:
+                    return plain
             output, hidden, _ = self._forward(input, hx, lengths, reset)
             return output, hidden
 
@@ -501,6 +521,10 @@ class LSTM(_Layers):
             results = self._scripted(input, [] if hx is None else [hx[0], hx[1]], lengths, reset)
             return results[0], (results[1], results[2])
         else:
+            if lengths is None and reset is None:
+                plain = self._plain(input, hx)
+                if plain is not None:
+                    return plain
             output, hidden, _ = self._forward(input, hx, lengths, reset)
             return output, hidden
 

@@ -295,3 +295,26 @@ def test_batches_are_parallel_streams_of_the_text():
     assert not first and batch[:, 0].tolist() == [3, 4, 5, 6]
     next(made)
     assert next(made)[1]
+
+
+def test_streaming_rows():
+    from bench import streaming
+
+    case = cases.Case("tiny-stream", 1, 1, 4, 4, "a test", stateful=True)
+    rows = [streaming.measure(case, cell, onnxruntime=False, budget=0.01) for cell in cases.CELLS]
+    means = streaming.geomeans(rows)
+    for row in rows:
+        assert set(row.seconds) == {"torch", "module", *streaming.WEIGHTS}
+        assert row.ratios["float32"] == means[row.cell]["float32"] == 1
+    streaming.show(rows, silent())
+    assert len(json.loads(streaming.to_json(rows, {"cpu": "none"}))["rows"]) == len(cases.CELLS)
+
+
+def test_streaming_refuses_another_result():
+    from bench import streaming
+
+    problem = layers.make_problem(TINY_VARIANTS[1], "lstm")
+    other = layers.make_problem(TINY_VARIANTS[1], "lstm", seed=1)
+    session = layers.load_fastrnn().StreamingSession(other.reference)
+    with pytest.raises(layers.DisagreementError, match="a session with weights in float32 differs"):
+        streaming._check(session, problem, "float32")

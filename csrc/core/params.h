@@ -106,4 +106,15 @@ struct BackwardParams {
   T* grad_first = nullptr;  // [N, G*H] out: recurrent gate gradients of each row's first step, zeros if none
 };
 
+// [(G+S)*H] what is added to the projections (ForwardParams::bias), from torch's two biases [G*H]. Null: zeros.
+template <class T>
+void sum_biases(int gates, int separate, int64_t units, const T* b_ih, const T* b_hh, T* bias) {
+  const int64_t count = gates * units, together = (gates - separate) * units;
+  for (int64_t j = 0; j < count; ++j) {
+    const T input = b_ih == nullptr ? T(0) : b_ih[j], recurrent = b_hh == nullptr ? T(0) : b_hh[j];
+    bias[j] = j < together ? input + recurrent : input;
+    if (j >= together) bias[j + separate * units] = recurrent;
+  }
+}
+
 }  // namespace fastrnn

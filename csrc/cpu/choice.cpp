@@ -1,9 +1,7 @@
-// The best table of kernels for this machine.
+// The table of kernels for this machine.
 #include <unistd.h>
 
-#include <cstdlib>
-#include <stdexcept>
-
+#include "cpu/capability.h"
 #include "cpu/kernels.h"
 
 namespace fastrnn {
@@ -17,21 +15,16 @@ extern const CpuKernels kernels_avx512;
 namespace {
 
 const CpuKernels& choose() {
-  const char* variable = std::getenv("FASTRNN_CPU_CAPABILITY");
-  const std::string wanted = variable == nullptr ? "" : variable;
-  if (!wanted.empty() && wanted != "avx512" && wanted != "avx2" && wanted != "default") {
-    throw std::invalid_argument("FASTRNN_CPU_CAPABILITY should be 'avx512', 'avx2' or 'default', got '" + wanted + "'");
-  }
+  switch (cpu_capability()) {
 #ifdef FASTRNN_X86
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  // the variable lowers the choice; what the machine lacks can't be asked for
-  if (avx512 && (wanted.empty() || wanted == "avx512")) return kernels_avx512;
-  if (avx2 && wanted != "default") return kernels_avx2;
+    case CpuCapability::kAvx512:
+      return kernels_avx512;
+    case CpuCapability::kAvx2:
+      return kernels_avx2;
 #endif
-  return kernels_default;
+    default:
+      return kernels_default;
+  }
 }
 
 }  // namespace

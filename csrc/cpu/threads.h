@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <thread>
 
+#include "cpu/denormals.h"
+
 #if defined(__SSE__)
 #include <immintrin.h>
 #endif
@@ -48,32 +50,6 @@ class alignas(128) Barrier {
   alignas(128) std::atomic<int> phase_{0};
 };
 
-// Denormals slow a step twenty times: workers take over what torch.set_flush_denormal, which knows x86 only, set in the
-// calling thread.
-class DenormalMode {
- public:
-  static unsigned current() {
-#if defined(__SSE__)
-    return _mm_getcsr() & kFlushAndZero;
-#else
-    return 0;
-#endif
-  }
-  explicit DenormalMode(unsigned mode) : before_(current()) { set(mode); }
-  ~DenormalMode() { set(before_); }
-  DenormalMode(const DenormalMode&) = delete;
-  DenormalMode& operator=(const DenormalMode&) = delete;
-
- private:
-  static constexpr unsigned kFlushAndZero = 0x8040;  // FTZ and DAZ of MXCSR
-  static void set([[maybe_unused]] unsigned mode) {
-#if defined(__SSE__)
-    _mm_setcsr((_mm_getcsr() & ~kFlushAndZero) | mode);
-#endif
-  }
-  unsigned before_;
-};
-
 // Calls body(member, members) once per member. Members may wait for each other, so they must run at the same time, and
 // at::parallel_for does not promise that: it may hand several ranges to one thread. So the ranges gather first, and those
 // that came are the team. Under OpenMP every range has begun once one has; a thread pool may run them one after the
@@ -81,13 +57,13 @@ class DenormalMode {
 template <class Body>
 void run_team(int threads, const Body& body) {
   if (threads <= 1 || at::in_parallel_region()) {
+    const FlushDenormals guard;
     body(0, 1);
     return;
   }
   enum Verdict { kOpen, kTogether, kAlone };
   std::atomic<int> arrived{0}, covered{0}, verdict{kOpen};
   std::atomic<bool> claimed{false};
-  const unsigned mode = DenormalMode::current();
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     const int order = arrived.fetch_add(1);
     const int span = static_cast<int>(end - begin);
@@ -104,7 +80,7 @@ void run_team(int threads, const Body& body) {
       spin_until([&] { return verdict.load() != kOpen || late(); });
       verdict.compare_exchange_strong(expected, kAlone);
     }
-    const DenormalMode guard(mode);
+    const FlushDenormals guard;
     if (verdict.load() == kTogether) {
       const int members = arrived.load();
       // the same thread gets the same share in every call, while its cache may still hold something of it

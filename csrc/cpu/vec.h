@@ -91,9 +91,10 @@ struct Math<Vec<float>> : VecMath<float> {
 
   static FASTRNN_INLINE V sigmoid(V x) {
     V n;
-    const V m = reduce(at::vec::clamp(x.neg(), V(-87.0f), V(87.0f)), n);  // clamp passes NaN on
+    const V m = reduce(at::vec::clamp(x.neg(), V(-87.0f), V(87.5f)), n);  // clamp passes NaN on
     const V scale = power_of_two(n);
-    return reciprocal(V(1) + at::vec::fmadd(scale, m, scale));
+    const V y = reciprocal(V(1) + at::vec::fmadd(scale, m, scale));
+    return V::blendv(y, V(0), x < V(-87.33654f));  // denormals, and exactly zero at minus infinity
   }
 
   // 1 - 2 / (e^2|x| + 1) errs by half a unit near one, where the derivative 1 - y^2 shows every unit of y. It cancels

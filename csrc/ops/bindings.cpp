@@ -1,9 +1,10 @@
-// What takes no tensor. Importing this module also registers the ops.
+// What takes no tensor, and streaming sessions. Importing this module also registers the ops.
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
 #include "cpu/kernels.h"
 #include "ops/ops.h"
+#include "ops/streaming.h"
 
 namespace py = pybind11;
 
@@ -28,15 +29,6 @@ py::dict build_info() {
   capabilities.append("default");
   info["cpu_capabilities"] = capabilities;
   return info;
-}
-
-CellKind kind_of(const std::string& cell) {
-  for (int kind = 0; kind < kCellKinds; ++kind) {
-    if (cell == kCellNames[kind]) return static_cast<CellKind>(kind);
-  }
-  std::string names;
-  for (const char* name : kCellNames) names += (names.empty() ? "'" : ", '") + std::string(name) + "'";
-  throw py::value_error("cell should be one of " + names + ", got '" + cell + "'");
 }
 
 py::dict plan(const std::string& cell, int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size,
@@ -82,4 +74,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("plan", &plan, py::arg("cell"), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("directions") = 1, py::arg("element_size") = 4,
         py::arg("training") = false, py::arg("threads") = 1, py::arg("ragged") = false);
+  bind_streaming(m);
 }

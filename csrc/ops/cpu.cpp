@@ -39,19 +39,6 @@ auto direction(T* p, int d, int64_t stride) {
   return p == nullptr ? nullptr : p + d * stride;
 }
 
-// [(G+S)*H] of one direction: what a scan adds to the projections (params.h). Zeros without biases.
-template <class T>
-void add_biases(const CellTraits& cell, const Layout& l, const Tensors& weights, int d, int64_t units, T* bias) {
-  const int64_t gates = cell.gates * units, together = (cell.gates - cell.separate) * units;
-  const T* ih = l.biases ? weights[l.b_ih(d)].const_data_ptr<T>() : nullptr;
-  const T* hh = l.biases ? weights[l.b_hh(d)].const_data_ptr<T>() : nullptr;
-  for (int64_t j = 0; j < gates; ++j) {
-    const T input = ih == nullptr ? T(0) : ih[j], recurrent = hh == nullptr ? T(0) : hh[j];
-    bias[j] = j < together ? input + recurrent : input;
-    if (j >= together) bias[j + cell.separate * units] = recurrent;
-  }
-}
-
 Tensors contiguous(TensorList tensors, at::ScalarType type) {
   Tensors result;
   result.reserve(tensors.size());
@@ -88,7 +75,8 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, const Tenso
     p.w_hh = data<T>(weights[l.w_hh(d)]);
     if (l.projected) p.w_hr = data<T>(weights[l.w_hr(d)]);
     T* direction_bias = bias.mutable_data_ptr<T>() + d * bias_width;
-    add_biases(cell, l, weights, d, z.units, direction_bias);
+    sum_biases(cell.gates, cell.separate, z.units, l.biases ? weights[l.b_ih(d)].const_data_ptr<T>() : nullptr,
+               l.biases ? weights[l.b_hh(d)].const_data_ptr<T>() : nullptr, direction_bias);
     p.bias = direction_bias;
     if (!hx.empty()) p.h0 = direction(data<T>(hx[0]), d, z.batch * z.outputs);
     if (hx.size() > 1) p.c0 = direction(data<T>(hx[1]), d, z.batch * z.units);

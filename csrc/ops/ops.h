@@ -7,6 +7,8 @@
 #include <c10/core/SymInt.h>
 
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -23,6 +25,16 @@ using OptionalTensors = c10::List<OptionalTensor>;
 using Mask = c10::List<bool>;
 
 inline const char* name_of(CellKind kind) { return kCellNames[static_cast<int>(kind)]; }
+
+// The kind of that name; std::invalid_argument for no cell's.
+inline CellKind kind_of(const std::string& cell) {
+  std::string names;
+  for (int kind = 0; kind < kCellKinds; ++kind) {
+    if (cell == kCellNames[kind]) return static_cast<CellKind>(kind);
+    names += (kind == 0 ? "'" : ", '") + std::string(kCellNames[kind]) + "'";
+  }
+  throw std::invalid_argument("cell should be one of " + names + ", got '" + cell + "'");
+}
 
 // {cell}_layer: input, hx, weights, lengths, reset, batch_sizes, bidirectional, batch_first, need_steps, need_reserve
 using LayerFunction = Tensors(const Tensor&, TensorList, TensorList, const OptionalTensor&, const OptionalTensor&,

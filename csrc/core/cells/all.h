@@ -1,6 +1,8 @@
 // Every cell, in one order: a new one adds its name, its kind and its type here, and nowhere else in C++.
 #pragma once
 
+#include <array>
+
 #include "core/cells/gru.h"
 #include "core/cells/lstm.h"
 #include "core/cells/rnn.h"
@@ -31,11 +33,12 @@ struct CellTraits {
 };
 
 template <class... Cells>
-const CellTraits& traits_among(CellKind kind, CellList<Cells...>) {
-  static constexpr CellTraits kTraits[] = {
-      {Cells::kGates, Cells::kSeparate, Cells::kSaved, kStates<Cells>, Cells::kState == ElementState::kHidden}...};
-  return kTraits[static_cast<int>(kind)];
+constexpr std::array<CellTraits, sizeof...(Cells)> traits_of(CellList<Cells...>) {
+  return {CellTraits{Cells::kGates, Cells::kSeparate, Cells::kSaved, kStates<Cells>,
+                     Cells::kState == ElementState::kHidden}...};
 }
-inline const CellTraits& traits(CellKind kind) { return traits_among(kind, AllCells()); }
+inline constexpr auto kCellTraits = traits_of(AllCells());
+
+constexpr const CellTraits& traits(CellKind kind) { return kCellTraits[static_cast<size_t>(kind)]; }
 
 }  // namespace fastrnn

@@ -1,0 +1,15 @@
+// Which instruction set of those that the library was compiled for runs on this machine.
+#pragma once
+
+namespace fastrnn {
+
+enum class CpuCapability { kDefault, kAvx2, kAvx512 };
+
+// The best one that this machine has and FASTRNN_CPU_CAPABILITY (avx512, avx2, default) allows. Throws
+// std::invalid_argument for any other value of the variable.
+CpuCapability cpu_capability();
+
+// Is there an instruction for dot products of 8-bit integers (AVX512-VNNI) beside the capability in use?
+bool has_int8_dot();
+
+}  // namespace fastrnn

@@ -1,0 +1,86 @@
+// A stack of recurrent layers run step by step, with packed weights and its own state. No torch, no Python: to use it by
+// itself, compile the files that CMakeLists.txt lists as `streaming`, and see tests/cpp/streaming_test.cpp.
+//
+//   StreamingSession<float> session(CellKind::kLstm, {layer0, layer1}, 1, WeightType::kFull);
+//   session.step(input, output);  // on a real-time thread: no allocation, no lock, no exception, no system call
+//
+// A session is used by one thread at a time. What it is made from is not needed afterwards.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "cpu/streaming_kernels.h"
+
+namespace fastrnn {
+
+// Zeroed memory on a boundary of pages that are large where the system has such: a step reads all weights.
+class AlignedMemory {
+ public:
+  explicit AlignedMemory(int64_t bytes);
+  template <class U>
+  U* as(int64_t offset_bytes = 0) const {
+    return reinterpret_cast<U*>(memory_.get() + offset_bytes);
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  struct Free {
+    void operator()(char* memory) const;
+  };
+  int64_t bytes_;
+  std::unique_ptr<char, Free> memory_;
+};
+
+template <class T>  // float or double
+class StreamingSession {
+ public:
+  // N rows of a batch; states begin with zeros. Throws std::invalid_argument for layers that do not fit together, and for
+  // double with other weights than kFull.
+  StreamingSession(CellKind kind, const std::vector<StreamingWeights<T>>& layers, int64_t batch,
+                   WeightType type = WeightType::kFull);
+
+  // Takes other values for the weights; shapes as before, or std::invalid_argument.
+  void refresh(const std::vector<StreamingWeights<T>>& layers);
+
+  void step(const T* input, T* output) noexcept;  // [N, I] -> [N, P or H]
+  void chunk(const T* input, T* output, int64_t steps) noexcept;  // [T, N, I] -> [T, N, P or H]
+
+  // The same in three parts, for callers with a layout of their own: fill input(), advance(), read output().
+  T* input() noexcept { return input_.template as<T>(); }  // [N, padded(I)]
+  void advance() noexcept;
+  const T* output() const noexcept { return layers_.back().h[phase_]; }  // [N, padded(P or H)]
+
+  // The states of a layer, to read and to write: up to outputs() or units(); what is beyond must stay zero.
+  T* h(int64_t layer) noexcept { return layers_[layer].h[phase_]; }  // [N, padded(P or H)]
+  T* c(int64_t layer) noexcept { return layers_[layer].c; }  // [N, padded(H)], null for cells without
+  void reset() noexcept;  // zeros everywhere
+  void reset_row(int64_t n) noexcept;  // zeros in row n of the batch
+
+  int64_t batch() const noexcept { return batch_; }
+  int64_t depth() const noexcept { return static_cast<int64_t>(layers_.size()); }
+  int64_t inputs() const noexcept { return layers_.front().shape.inputs; }
+  int64_t units() const noexcept { return layers_.front().shape.units; }
+  int64_t outputs() const noexcept { return layers_.front().shape.outputs; }
+  int64_t packed_bytes() const noexcept { return weights_.bytes(); }
+
+ private:
+  struct Layer {
+    LayerShape shape;
+    void* packed;
+    T* h[2];  // [N, padded(P or H)] read one, write the other
+    T* c;  // [N, padded(H)] or null
+  };
+
+  const StreamingKernels<T>& kernels_;
+  int64_t batch_;
+  bool int8_dot_;
+  int phase_ = 0;
+  std::vector<Layer> layers_;
+  AlignedMemory weights_, states_, input_, activation_, quantised_;
+};
+
+extern template class StreamingSession<float>;
+extern template class StreamingSession<double>;
+
+}  // namespace fastrnn

@@ -1,0 +1,623 @@
+"""Streaming sessions against the module's own output, step by step, and against what a session promises beside it."""
+
+import copy
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from cases import KINDS, Case, data, module, small, tensors
+from tolerance import check
+
+import fastrnn
+from fastrnn import StreamingSession
+
+STEPS = 6
+
+
+def build(kind, inputs=5, hidden=17, layers=1, dtype=torch.float32, **options):
+    case = Case(kind, num_layers=layers, inputs=inputs, hidden=hidden, dtype=dtype)
+    name, kinds_own = KINDS[kind]
+    sizes = {"proj_size": case.proj} if case.proj else {}
+    torch.manual_seed(hidden + layers)
+    return getattr(fastrnn, name)(inputs, hidden, layers, **kinds_own, **sizes, **options).to(dtype)
+
+
+def oracle(net, dtype=torch.float64):
+    """torch.nn's module with the same weights, and none of them shared."""
+    return copy.deepcopy(fastrnn.to_torch(net)).to(dtype)
+
+
+def run_both(net, session, x, state):
+    """The outputs of all steps: the session's, torch.nn's in float64, torch.nn's own."""
+    exact, theirs = oracle(net), oracle(net, x.dtype)
+    if state is not None:
+        session.state = state
+    found = torch.stack([session.step(row) for row in x])
+    as_double = None if state is None else torch.utils._pytree.tree_map(torch.Tensor.double, state)
+    with torch.no_grad():
+        return found, exact(x.double(), as_double)[0], theirs(x, state)[0]
+
+
+SIZES = [(3, 1), (1, 3), (129, 17), (17, 129), (64, 64)]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 17])
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers(kind, batch, backend):
+    """Odd sizes on both sides of every vector and block, one layer and a stack, from zeros and from a given state."""
+    for inputs, hidden in SIZES:
+        hidden = max(hidden, 2) if kind == "lstm_proj" else hidden  # a projection is narrower
+        for layers, with_state in ((1, False), (3, True)):
+            net = build(kind, inputs, hidden, layers)
+            x = torch.randn(STEPS, batch, inputs)
+            state = None
+            if with_state:
+                with torch.no_grad():
+                    state = net(torch.randn(2, batch, inputs))[1]
+            found, exact, theirs = run_both(net, StreamingSession(net, batch), x, state)
+            check(f"{kind} {inputs} {hidden} {layers}", found, theirs, exact)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_biases_and_with_weights_of_another_seed(kind, backend):
+    net = build(kind, 9, 33, 2, bias=False)
+    found, exact, theirs = run_both(net, StreamingSession(net, 2), torch.randn(STEPS, 2, 9), None)
+    check("output", found, theirs, exact)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float64(kind, backend):
+    net = build(kind, 9, 33, 2, dtype=torch.float64)
+    session = StreamingSession(net, 3)
+    x = torch.randn(STEPS, 3, 9, dtype=torch.float64)
+    found = torch.stack([session.step(row) for row in x])
+    with torch.no_grad():
+        expected = oracle(net, x.dtype)(x)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+    assert found.dtype == tensors(session.state)[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_half(kind, dtype, backend):
+    """Computed in float32 from the same weights: only what goes out is rounded."""
+    net = build(kind, 9, 33, 2, dtype=dtype)
+    session = StreamingSession(net, 2)
+    x = torch.randn(STEPS, 2, 9).to(dtype)
+    found = torch.stack([session.step(row) for row in x])
+    with torch.no_grad():
+        exact = oracle(net)(x.double())[0]
+    assert found.dtype == dtype
+    bound = torch.finfo(dtype).eps / 2 * exact.abs().max() + 1e-5
+    assert (found.double() - exact).abs().max() <= bound
+    assert tensors(session.state)[0].dtype == torch.float32
+
+
+# --- Rounded weights --------------------------------------------------------------------------------------------------
+
+
+def with_weights(net, change):
+    """A copy in float64 whose matrices have been changed."""
+    exact = oracle(net)
+    with torch.no_grad():
+        for weight in exact.parameters():
+            if weight.dim() == 2:
+                weight.copy_(change(weight.float()))
+    return exact
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_weights(kind, backend):
+    """Exactly a session whose weights have been rounded: the rule of float32 holds."""
+    net = build(kind, 129, 33, 2)
+    session = StreamingSession(net, 3, torch.bfloat16)
+    assert session.weight_dtype == torch.bfloat16
+    x = torch.randn(STEPS, 3, 129)
+    exact = with_weights(net, lambda weight: weight.bfloat16().double())
+    theirs = oracle(net, torch.float32)
+    theirs.load_state_dict(exact.state_dict())
+    found = torch.stack([session.step(row) for row in x])
+    with torch.no_grad():
+        check("output", found, theirs(x)[0], exact(x.double())[0])
+
+
+def quantised(values, dim):
+    """Values as 8-bit integers times a scale for each row: float32 arithmetic, as the session's own."""
+    largest = values.float().abs().amax(dim, keepdim=True)
+    inverse = torch.where(largest > 0, 127 / largest, 0)
+    return (values.float() * inverse).round().clamp(-127, 127).double() * (largest / 127).double()
+
+
+def rounding(values, dim):
+    """Half a step of the scale of each row."""
+    return values.abs().amax(dim, keepdim=True).double() / 254
+
+
+# How far the output can be off where every pre-activation is off by at most 1: from the derivatives of the cell, with
+# |gates| <= 1, sigmoid' <= 1/4, tanh' <= 1.
+def output_error(kind, pre, c, q):
+    if kind.startswith("rnn"):
+        return pre[..., 0, :]
+    if kind == "gru":
+        r, z, n, h = pre[..., 0, :], pre[..., 1, :], pre[..., 2, :], pre[..., 3, :]
+        return z / 4 * 2 + n + h + r / 4 * q.abs()
+    i, f, g, o = (pre[..., gate, :] for gate in range(4))
+    return o / 4 + f / 4 * c.abs() + i / 4 + g
+
+
+@pytest.mark.parametrize("inputs, hidden", [(40, 33), (129, 64), (3, 5)])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lstm_proj"])
+def test_int8_weights_within_the_bound_of_their_rounding(kind, inputs, hidden, native):
+    """Each step from the session's own state: |w x - w' x'| <= |w - w'| |x'| + |w| |x - x'|, through the cell."""
+    net = build(kind, inputs, hidden)
+    session = StreamingSession(net, 2, torch.int8)
+    exact = oracle(net)
+    w_ih, w_hh = net.weight_ih_l0.detach().double(), net.weight_hh_l0.detach().double()
+    gates = w_ih.shape[0] // hidden
+    for _ in range(STEPS):
+        x = torch.randn(2, inputs)
+        state = session.state
+        h = (state[0] if kind == "lstm" else state)[0].double()
+        found = session.step(x).double()
+        with torch.no_grad():
+            expected = exact(x[None].double(), torch.utils._pytree.tree_map(torch.Tensor.double, state))[0][0]
+
+        def error(w, values):
+            weights_off = rounding(w, 1)[:, 0] * quantised(values, 1).abs().sum(1, keepdim=True)
+            values_off = rounding(values, 1) * w.abs().sum(1)
+            return (weights_off + values_off).unflatten(-1, (gates, hidden))
+
+        from_x, from_h = error(w_ih, x.double()), error(w_hh, h)
+        if kind == "gru":
+            pre = torch.cat([from_x[:, :2] + from_h[:, :2], from_x[:, 2:], from_h[:, 2:]], 1)
+            q = h @ w_hh[2 * hidden :].T + net.bias_hh_l0.detach().double()[2 * hidden :]
+            bound = output_error(kind, pre, None, q)
+        else:
+            bound = output_error(kind, from_x + from_h, state[1][0].double() if kind == "lstm" else None, None)
+        assert ((found - expected).abs() <= bound + 1e-6).all()
+
+
+@pytest.mark.parametrize("inputs, hidden", [(40, 33), (129, 64), (3, 5)])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lstm_proj"])
+def test_int8_is_what_it_is_said_to_be(kind, inputs, hidden, native):
+    """Sums of integers are exact: float64 arithmetic on the quantised numbers gives the same to float32's rounding."""
+    net = build(kind, inputs, hidden)
+    session = StreamingSession(net, 3, torch.int8)
+    exact = with_weights(net, lambda weight: quantised(weight, 1))
+    w_hh = exact.weight_hh_l0.detach()
+    for _ in range(STEPS):
+        x = torch.randn(3, inputs)
+        state = session.state
+        h = (state[0] if kind == "lstm" else state)[0].double()
+        found = session.step(x)
+        # the product takes the quantised h, the cell of a GRU h itself: what they differ by goes through the biases
+        with torch.no_grad():
+            reference = torch.nn.GRUCell(inputs, hidden) if kind == "gru" else None
+            w_ih = exact.weight_ih_l0
+            gate_x = quantised(x, 1) @ w_ih.T + exact.bias_ih_l0
+            gate_h = quantised(h, 1) @ w_hh.T + exact.bias_hh_l0
+            if reference is not None:
+                (rx, zx, nx), (rh, zh, nh) = gate_x.chunk(3, 1), gate_h.chunk(3, 1)
+                r, z = torch.sigmoid(rx + rh), torch.sigmoid(zx + zh)
+                n = torch.tanh(nx + r * nh)
+                expected = n + z * (h - n)
+            elif kind == "lstm":
+                i, f, g, o = (gate_x + gate_h).chunk(4, 1)
+                c = torch.sigmoid(f) * state[1][0].double() + torch.sigmoid(i) * torch.tanh(g)
+                expected = torch.sigmoid(o) * torch.tanh(c)
+            else:
+                expected = torch.tanh(gate_x + gate_h) if kind == "rnn_tanh" else torch.relu(gate_x + gate_h)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_int8_stack_stays_near(kind, backend):
+    """Over layers and steps rounding errors pass through the state; they stay small beside the output."""
+    net = build(kind, 40, 64, 2)
+    session = StreamingSession(net, 1, torch.int8)
+    x = torch.randn(50, 1, 40)
+    with torch.no_grad():
+        expected = oracle(net, x.dtype)(x)[0]
+    found = session.chunk(x)
+    assert (found - expected).abs().max() <= 0.05 * expected.abs().max()
+
+
+def test_int8_of_zeros_and_of_what_is_not_finite(native):
+    net = build("lstm", 5, 17)
+    session = StreamingSession(net, 2, torch.int8)
+    x = torch.zeros(2, 5)
+    x[1, 3] = float("nan")
+    found = session.step(x)
+    assert torch.isfinite(found[0]).all() and torch.isnan(found[1]).all()
+    session.reset(torch.tensor([False, True]))
+    assert torch.isfinite(session.step(torch.zeros(2, 5))).all()
+    x[1, 3] = float("inf")
+    assert torch.isnan(session.step(x)[1]).all()
+
+
+@pytest.mark.parametrize("weight_dtype", [None, torch.bfloat16])
+def test_infinite_input_saturates_as_in_the_module(weight_dtype, backend):
+    """Beyond the last unit and the last feature lie zeros, which an infinite value must not turn into NaN."""
+    net = build("lstm", 5, 17, 2)
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.copy_(weight.bfloat16())
+    session = StreamingSession(net, 1, weight_dtype)
+    x = torch.tensor([float("inf"), 0.0, 1.0, 2.0, 3.0])
+    with torch.no_grad():
+        expected = net(x[None])[0][0]
+    found = session.step(x)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    assert torch.isfinite(found).all()
+    assert torch.isfinite(session.step(torch.ones(5))).all()
+
+
+# --- Every instruction set of this machine ----------------------------------------------------------------------------
+
+
+SELECTED = "not python and (numbers or bfloat16 or int8 or float64 or infinite)"
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_other_instruction_sets(capability, native):
+    """The tests of the numbers again, where the library is told to use less than the machine has."""
+    order = ("default", "avx2", "avx512")
+    if order.index(capability) >= order.index(native.cpu_capability()):
+        pytest.skip(f"this machine, or FASTRNN_CPU_CAPABILITY, stops at {native.cpu_capability()}")
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("FASTRNN_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", SELECTED],
+        env=inherited
+        | {"FASTRNN_CPU_CAPABILITY": capability, "FASTRNN_BACKEND": "native", "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def test_int8_says_where_the_machine_has_no_int8_dot(native):
+    """Run for other instruction sets too, of which only AVX-512 may have it."""
+    said = "multiplied without the int8 dot product that this machine lacks"
+    assert native.cpu_capability() == "avx512" or not native.has_int8_dot()
+    for weight_dtype in (None, torch.int8):
+        session = StreamingSession(build("gru"), weight_dtype=weight_dtype)
+        assert (said in repr(session)) == (weight_dtype == torch.int8 and not native.has_int8_dot())
+
+
+# --- Chunks, states, outputs ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight_dtype", [None, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunk_is_the_steps(kind, weight_dtype, native):
+    net = build(kind, 5, 33, 2)
+    one, other = (StreamingSession(net, 3, weight_dtype) for _ in range(2))
+    x = torch.randn(7, 3, 5)
+    expected = torch.stack([one.step(row) for row in x])
+    assert torch.equal(torch.cat([other.chunk(x[:4]), other.chunk(x[4:])]), expected)
+    for a, b in zip(tensors(one.state), tensors(other.state), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_chunk_layouts(backend):
+    net = build("gru", 5, 17, batch_first=True)
+    x = torch.randn(2, 7, 5)
+    with torch.no_grad():
+        expected = net(x)[0]
+    torch.testing.assert_close(StreamingSession(net, 2).chunk(x), expected, rtol=0, atol=1e-6)
+    found = StreamingSession(net).chunk(x[:1])
+    assert found.shape == (1, 7, 17)
+    assert torch.equal(StreamingSession(net).chunk(x[0]), found[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shapes_and_strides_of_a_step(kind, backend):
+    net = build(kind, 4, 6)
+    a, b = StreamingSession(net), StreamingSession(net)
+    x = torch.randn(8)
+    flat, row = a.step(x[::2]), b.step(x[None, ::2])
+    assert flat.dim() == 1 and row.dim() == 2
+    assert torch.equal(flat, row[0])
+    wide = StreamingSession(net, 3)
+    x = torch.randn(4, 3)
+    expected = StreamingSession(net, 3).step(x.t().contiguous())
+    torch.testing.assert_close(wide.step(x.t()), expected, rtol=0, atol=1e-6)
+    wide.reset()
+    one_row = wide.step(x[:, :1].t().expand(3, 4))
+    torch.testing.assert_close(one_row, expected[:1].expand_as(one_row), rtol=0, atol=1e-6)
+
+
+def test_a_step_gives_a_fresh_tensor(backend):
+    session = StreamingSession(build("lstm"))
+    x = torch.randn(5)
+    first = session.step(x)
+    kept = first.clone()
+    second = session.step(x)
+    assert first.data_ptr() != second.data_ptr()
+    assert torch.equal(first, kept)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_out(kind, backend):
+    net = build(kind, 17, 17)
+    session, other = StreamingSession(net, 2), StreamingSession(net, 2)
+    x = torch.randn(4, 2, 17)
+    outputs = net.proj_size or 17
+    expected = other.chunk(x)
+    out = torch.full((2, 2 * outputs), float("nan"))[:, ::2]  # any strides
+    version = out._version
+    assert session.step(x[0], out) is out
+    assert torch.equal(out, expected[0])
+    assert out._version > version
+    if outputs == 17:
+        shared = x[1].clone()
+        session.step(shared, out=shared)
+        assert torch.equal(shared, expected[1])
+        rest = x[2:].clone()
+        assert session.chunk(rest, out=rest) is rest
+        assert torch.equal(rest, expected[2:])
+
+
+def test_out_that_is_refused(backend):
+    session = StreamingSession(build("gru", 17, 17), 2)
+    x = torch.randn(2, 17)
+    before = session.state
+    for out, error, message in (
+        (torch.empty(17), ValueError, "out should have the shape"),
+        (torch.empty(2, 17, dtype=torch.float64), TypeError, "out should be of the module's dtype"),
+        (torch.empty(2, 17, device="meta"), ValueError, "out should be a plain tensor on the CPU"),
+        (torch.empty(2, 17, requires_grad=True), ValueError, "out should not require grad"),
+        ([0.0], TypeError, "out should be a Tensor, got: list"),
+    ):
+        with pytest.raises(error, match=message):
+            session.step(x, out)
+    assert torch.equal(session.state, before)  # nothing has gone on
+
+
+def test_out_that_shares_memory_is_refused(native):
+    session = StreamingSession(build("gru", 17, 17), 2)
+    with pytest.raises(ValueError, match="out should not share memory between its elements"):
+        session.step(torch.randn(2, 17), torch.empty(1, 17).expand(2, 17))
+    memory = torch.randn(5, 2, 17)
+    with pytest.raises(ValueError, match="out should be the input itself or share no memory with it"):
+        session.chunk(memory[:4], out=memory[1:])
+    session.chunk(memory[:2], out=memory[3:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state(kind, backend):
+    """Set and got: after a module's call, to go back, and to go on in another session."""
+    net = build(kind, 5, 17, 2)
+    x = torch.randn(6, 3, 5)
+    with torch.no_grad():
+        output, hx = net(x)
+        expected = net(x, hx)[0]
+    session = StreamingSession(net, 3)
+    session.state = hx
+    torch.testing.assert_close(session.state, hx, rtol=0, atol=0)
+    first = session.chunk(x)
+    torch.testing.assert_close(first, expected, rtol=0, atol=2e-6)
+    kept = session.state
+    again = session.chunk(x)
+    session.state = kept
+    assert torch.equal(session.chunk(x), again)
+    for value in tensors(kept):
+        value.zero_()  # a copy: the session's own is not touched
+    session.state = None
+    torch.testing.assert_close(session.chunk(x), output, rtol=0, atol=2e-6)
+
+
+def test_state_of_an_unbatched_call(backend):
+    net = build("lstm", 5, 17, 2)
+    x = torch.randn(6, 5)
+    with torch.no_grad():
+        _, hx = net(x)
+        expected = net(x, hx)[0]
+    session = StreamingSession(net)
+    session.state = hx
+    torch.testing.assert_close(session.chunk(x), expected, rtol=0, atol=2e-6)
+
+
+def test_states_that_are_refused(backend):
+    session = StreamingSession(build("lstm", 5, 17), 3)
+    h = torch.randn(1, 3, 17)
+    session.state = (h, h)
+    for state, error, message in (
+        (h, TypeError, r"state should be a tuple \(h, c\), got: Tensor"),
+        ((h, [0.0]), TypeError, "state should be of Tensors, got: list"),
+        ((h, h[:, :2]), ValueError, r"state\[1\] should be a tensor on the CPU of the shape"),
+        ((h, h.double()), TypeError, r"state\[1\] should be of dtype"),
+        ((h.to("meta"), h), ValueError, r"state\[0\] should be a tensor on the CPU"),
+    ):
+        with pytest.raises(error, match=message):
+            session.state = state
+    torch.testing.assert_close(session.state, (h, h), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reset(kind, backend):
+    net = build(kind, 5, 17, 2)
+    session = StreamingSession(net, 3)
+    x = torch.randn(4, 3, 5)
+    from_zeros = session.chunk(x)
+    running = session.state
+    session.reset(torch.tensor([True, False, True]))
+    mixed = session.chunk(x)
+    assert torch.equal(mixed[:, ::2], from_zeros[:, ::2])
+    session.state = running
+    assert torch.equal(session.chunk(x)[:, 1], mixed[:, 1])
+    session.reset()
+    assert torch.equal(session.chunk(x), from_zeros)
+
+
+def test_masks_that_are_refused(backend):
+    session = StreamingSession(build("gru"), 3)
+    for mask, error in (
+        (torch.ones(3), TypeError),
+        ([True, False, True], TypeError),
+        (torch.ones(2, dtype=torch.bool), ValueError),
+        (torch.ones(1, 3, dtype=torch.bool), ValueError),
+    ):
+        with pytest.raises(error, match="mask should"):
+            session.reset(mask)
+
+
+@pytest.mark.parametrize("weight_dtype", [None, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_refresh(kind, weight_dtype, backend):
+    """Weights are a snapshot: what happens to the module shows after a refresh, and the state stays."""
+    net = build(kind, 5, 17, 2)
+    session, other = StreamingSession(net, 2, weight_dtype), StreamingSession(net, 2, weight_dtype)
+    x = torch.randn(3, 2, 5)
+    expected = other.chunk(x)
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.mul_(0.5)
+    assert torch.equal(session.chunk(x), expected)
+    session.refresh()
+    fresh = StreamingSession(net, 2, weight_dtype)
+    fresh.state = other.state
+    assert torch.equal(session.chunk(x), fresh.chunk(x))
+
+
+def test_refresh_refuses_another_dtype(backend):
+    net = build("gru")
+    session = StreamingSession(net)
+    net.double()
+    with pytest.raises(RuntimeError, match="dtype"):
+        session.refresh()
+
+
+# --- Modules ----------------------------------------------------------------------------------------------------------
+
+
+def test_eval_semantics_whatever_the_mode(backend):
+    net = build("lstm", 5, 17, 2, dropout=0.9).train()
+    x = torch.randn(4, 2, 5)
+    with torch.no_grad():
+        expected = net.eval()(x)[0]
+    net.train()
+    torch.testing.assert_close(StreamingSession(net, 2).chunk(x), expected, rtol=0, atol=2e-6)
+
+
+def test_torch_modules_and_parametrized_weights(backend):
+    net = torch.nn.LSTM(5, 17)
+    x = torch.randn(4, 2, 5)
+    torch.nn.utils.parametrizations.weight_norm(net, "weight_hh_l0")
+    with torch.no_grad():
+        net.parametrizations.weight_hh_l0.original0.mul_(0.5)
+        plain = fastrnn.LSTM(5, 17)
+        plain.load_state_dict({name: getattr(net, name) for name in plain.state_dict()})
+        expected = plain(x)[0]
+    torch.testing.assert_close(StreamingSession(net, 2).chunk(x), expected, rtol=0, atol=2e-6)
+
+
+def test_modules_that_are_refused(backend):
+    with pytest.raises(TypeError, match="module should be an RNN, LSTM or GRU, got: Linear"):
+        StreamingSession(torch.nn.Linear(3, 4))
+    with pytest.raises(ValueError, match="a bidirectional module cannot be streamed"):
+        StreamingSession(fastrnn.GRU(3, 4, bidirectional=True))
+    with pytest.raises(ValueError, match=r"a session runs on the CPU, and the module is on meta: module.cpu\(\)"):
+        StreamingSession(fastrnn.GRU(3, 4, device="meta"))
+    for batch, error in ((0, ValueError), (1.0, TypeError), (True, TypeError)):
+        with pytest.raises(error, match="batch_size should be"):
+            StreamingSession(fastrnn.GRU(3, 4), batch)
+    with pytest.raises(TypeError, match=r"weight_dtype should be None, .*, got: torch\.int4"):
+        StreamingSession(fastrnn.GRU(3, 4), weight_dtype=torch.int4)
+    with pytest.raises(ValueError, match="weight_dtype should be None for a float64 module"):
+        StreamingSession(fastrnn.GRU(3, 4).double(), weight_dtype=torch.int8)
+
+
+def test_inputs_that_are_refused(backend):
+    session = StreamingSession(build("gru", 5, 17), 2)
+    for x, error, message in (
+        (torch.randn(2, 4), ValueError, r"x should have the shape \(N, I\) = \(2, 5\), got: \[2, 4\]"),
+        (torch.randn(3, 5), ValueError, "x should have the shape"),
+        (torch.randn(5), ValueError, "x should have the shape"),
+        (torch.randn(0, 5), ValueError, "x should have the shape"),
+        (torch.tensor(1.0), ValueError, "x should have the shape"),
+        (torch.randn(2, 5).double(), TypeError, "x should be of the module's dtype"),
+        (torch.randn(2, 5, device="meta"), ValueError, "x should be a plain tensor on the CPU"),
+        (None, TypeError, "x should be a Tensor, got: NoneType"),
+    ):
+        with pytest.raises(error, match=message):
+            session.step(x)
+    for x in (torch.randn(3, 5), torch.randn(0, 2, 5), torch.randn(4, 3, 5), torch.randn(4, 2, 4)):
+        with pytest.raises(ValueError, match="x should have"):
+            session.chunk(x)
+    single = StreamingSession(build("gru", 5, 17))
+    with pytest.raises(ValueError, match=r"x should have the shape \(I,\) or \(N, I\) = \(1, 5\)"):
+        single.step(torch.randn(4))
+
+
+def test_nothing_is_recorded(backend):
+    session = StreamingSession(build("lstm"))
+    x = torch.randn(5, requires_grad=True)
+    assert not session.step(x).requires_grad
+    with torch.inference_mode():
+        assert session.step(x).is_inference()
+
+
+def test_a_tensor_of_another_kind_is_refused(native):
+    session = StreamingSession(build("lstm"))
+    with pytest.raises(ValueError, match="x should be a plain tensor"):
+        torch.func.vmap(session.step)(torch.randn(2, 5))
+
+
+# --- No cost that is not the step's -----------------------------------------------------------------------------------
+
+
+def test_no_operator_and_no_allocation(native):
+    """The profiler sees every operator, and every allocation of a tensor's memory."""
+    session = StreamingSession(build("lstm", 5, 17, 2))
+    x, out = torch.randn(5), torch.empty(17)
+    chunk, chunk_out = torch.randn(9, 5), torch.empty(9, 17)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        for _ in range(10):
+            session.step(x, out)
+            session.chunk(chunk, chunk_out)
+        marker = torch.empty(3)
+    names = [event.name for event in profile.events()]
+    assert [name for name in names if not name.startswith(("aten::empty", "[memory]"))] == []
+    assert names.count("aten::empty") == 1 and marker is not None
+    assert sum(event.cpu_memory_usage > 0 for event in profile.events()) <= 1
+
+
+@pytest.mark.parametrize("kind", small())
+def test_sessions_are_independent(kind, native):
+    """Each thread its own session, and torch's threads have no part in it."""
+    net, x = module(kind), data(kind)[0].detach()
+    sessions = [StreamingSession(net, kind.batch) for _ in range(4)]
+    expected = StreamingSession(net, kind.batch).chunk(x.repeat(50, 1, 1))
+    found = [None] * 4
+
+    def work(index):
+        found[index] = torch.cat([sessions[index].chunk(x) for _ in range(50)])
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for output in found:
+        assert torch.equal(output, expected)
+
+
+def test_two_threads_in_one_session_are_refused(native):
+    """A long chunk lets go of the interpreter; who comes meanwhile is told."""
+    session = StreamingSession(build("lstm", 256, 256))
+    x = torch.randn(2000, 256)
+    thread = threading.Thread(target=session.chunk, args=(x,))
+    thread.start()
+    with pytest.raises(RuntimeError, match="a session is used by one thread at a time"):
+        while thread.is_alive():
+            session.step(x[0])
+    thread.join()
+    session.step(x[0])
