@@ -25,8 +25,15 @@ import sys
 import sysconfig
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 ROOT = Path(__file__).resolve().parent.parent
 MIN_PYTHON = (3, 10)
@@ -238,8 +245,23 @@ def run(command: list[str]) -> None:
         raise BuildError(f"`{what} ...` failed with status {error.returncode}; its own message stands above") from None
 
 
+@contextmanager
+def alone_in(build: Path) -> Iterator[None]:
+    """Keep other processes that build in the same folder waiting: those of a test run, say."""
+    build.mkdir(parents=True, exist_ok=True)
+    with (build / "fastrnn-lock").open("w") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def configure_and_build(build: Path, extra: list[str], target: str) -> None:
     """Configure `build` where its command line is new, then build `target`."""
+    with alone_in(build):
+        _configure_and_build(build, extra, target)
+
+
+def _configure_and_build(build: Path, extra: list[str], target: str) -> None:
     cmake = find_tool("cmake")
     arguments = cmake_arguments(import_torch(), build, extra)
     wanted = "\n".join([cmake, os.environ.get("CXX", ""), os.environ.get("CXXFLAGS", ""), *arguments])
