@@ -50,10 +50,18 @@ class BackwardThread {
     });
   }
 
-  // What step t reads of the device's memory.
+  // What step t reads of the device's memory; what the step after it reads begins its way to L2.
   GPU_FN void load(int64_t t) {
     const bool reverse = d_ == 1;
+    const int64_t ahead = reverse ? t + 1 : t - 1;
     each([&](int i, int u, int column) {
+      if (u % 8 == 0 && ahead >= 0 && ahead < length_[i]) {  // 8 numbers are a sector
+        const int64_t row = gates_row(ahead, column);
+        const float* from = static_cast<const float*>(p_.reserve) + row * p_.reserve_stride + unit(u);
+#pragma unroll
+        for (int k = 0; k < kSaved; ++k) gpu::prefetch_l2(from + k * p_.units);
+        if (p_.grad_output != nullptr) gpu::prefetch_l2(static_cast<const T*>(p_.grad_output) + of_rows(row, u));
+      }
       if (t >= length_[i]) return;
       const int64_t row = gates_row(t, column), before = gates_row(reverse ? t + 1 : t - 1, column);
       const Sequence s = sequence(i, column);

@@ -77,13 +77,19 @@ class ForwardLane {
   GPU_FN bool octet_active(int o) const { return first_ + o * 8 < p_.units; }
   GPU_FN int unit(int o) const { return first_ + o * 8 + g_; }
 
-  // The input projection of step t.
+  // The input projection of step t; that of the step after it begins its way from memory to L2.
   GPU_FN void load_input(int64_t t) {
+    const int64_t ahead = d_ == 0 ? t + 1 : t - 1;
     each([&](int o, int q, int j) {
       const bool valid = has(o) && t < length_[q][j];
       const float* from = static_cast<const float*>(p_.gates) + gates_row(t, q, j) * p_.gates_stride + unit(o);
 #pragma unroll
       for (int gate = 0; gate < kGates; ++gate) input_[o][q][j][gate] = valid ? from[gate * p_.units] : 0.f;
+      if (g_ == 0 && has(o) && ahead >= 0 && ahead < length_[q][j]) {
+        const float* next = static_cast<const float*>(p_.gates) + gates_row(ahead, q, j) * p_.gates_stride + unit(o);
+#pragma unroll
+        for (int gate = 0; gate < kGates; ++gate) gpu::prefetch_l2(next + gate * p_.units);
+      }
     });
   }
 

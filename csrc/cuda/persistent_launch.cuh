@@ -1,6 +1,8 @@
 // How persistent scans are launched.
 #pragma once
 
+#include <stdexcept>
+
 #include "gpu.h"
 #include "persistent.h"
 
@@ -12,8 +14,12 @@ void pack_weights(const PersistentScan& scan, bool backward, int gates, int64_t 
 template <class P>
 bool can_run(void (*kernel)(P), const CudaPlan& plan) {
   if (plan.tier != Tier::kCluster) return plan.tier == Tier::kBlock;
-  return gpu::max_active_clusters(static_cast<unsigned>(plan.cluster), kernel, dim3(plan.threads),
-                                  static_cast<size_t>(plan.shared_bytes)) > 0;
+  try {
+    return gpu::max_active_clusters(static_cast<unsigned>(plan.cluster), kernel, dim3(plan.threads),
+                                    static_cast<size_t>(plan.shared_bytes)) > 0;
+  } catch (const std::runtime_error&) {  // a size of cluster that the device does not know
+    return false;
+  }
 }
 
 template <class P>

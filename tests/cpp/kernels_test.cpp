@@ -279,7 +279,7 @@ struct Problem {
         if (t >= length[n]) continue;
         const T* from = rows.sequence(n).flows(t, reverse)    ? &output[(reverse ? row + batch : row - batch) * outputs]
                         : rows.sequence(n).enters(t, reverse) ? &h0[n * outputs]
-                                                              : nullptr;
+                                                     : nullptr;
         if (from != nullptr) std::copy_n(from, outputs, &previous[row * outputs]);
       }
     }

@@ -3,6 +3,7 @@
 
 namespace fastrnn::test {
 void test_plan();
+void test_plan_cuda();
 void test_kernels_default();
 #ifdef FASTRNN_X86
 void test_kernels_avx2();
@@ -18,6 +19,7 @@ int main() {
     std::printf("%-16s %d checks, %d failed\n", name, checks - counted, failures - before);
   };
   run("plan", test_plan);
+  run("plan cuda", test_plan_cuda);
   run("kernels default", test_kernels_default);
 #ifdef FASTRNN_X86
   __builtin_cpu_init();
