@@ -85,6 +85,8 @@ def explain(
     if data.is_cpu and _backend.native is not None:
         lines.append(f"cpu capability: {_backend.native.cpu_capability()}")
         lines += _plans(module, cell, input, data, lengths)
+    elif data.is_cuda:
+        lines.append("kernels: stepwise, a matrix product and a pointwise kernel for each step")
     return "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from emulation import cuda_home
 
 ROOT = Path(__file__).resolve().parent.parent
 SIM = ROOT / "tests" / "cuda_sim"
@@ -38,16 +39,6 @@ NVCC = [
     "-Xptxas",
     "-v,-warn-spills,-warn-lmem-usage,-Werror",
 ]
-
-
-@functools.cache
-def cuda_home() -> Path | None:
-    """The folder of CUDA's headers and compiler: CUDA_HOME, nvcc's, the usual one."""
-    nvcc = shutil.which("nvcc")
-    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    candidates += [str(Path(nvcc).resolve().parents[1])] if nvcc else []
-    homes = (Path(home) for home in [*candidates, "/usr/local/cuda"] if home)
-    return next((home for home in homes if (home / "include" / "cuda_bf16.h").exists()), None)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from fastrnn import _backend, reference
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import native as build
+from native import cuda_home
 
 OPS = [f"{cell}_layer{suffix}" for cell in reference.CELLS for suffix in ("", "_backward")]
 
@@ -20,12 +21,12 @@ def missing() -> str:
     """Why the ops cannot be emulated here; empty: they can."""
     if _backend.native is None:
         return f"the native library is not loaded: {_backend.reason}"
-    return "" if build.cuda_home() else "no CUDA headers: install the CUDA toolkit, or set CUDA_HOME"
+    return "" if cuda_home() else "no CUDA headers: install the CUDA toolkit, or set CUDA_HOME"
 
 
 def library():
     """The emulated ops as `torch.ops.fastrnn_sim`, built if they are not."""
-    torch.ops.load_library(build.build_cuda_sim())
+    torch.ops.load_library(build.build_cuda_ops())
     return torch.ops.fastrnn_sim
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from cuda_programs import SIM, Case
 from scans import SMALL_SCANS, check_scan, scan_case
+from steps import STEPS, check_steps
 from test_cuda_sim import BLOCK, CLUSTER, GRID, RESULTS, WRAPPERS
 
 pytestmark = [
@@ -30,6 +31,11 @@ def check_scans(cases, results):
         check_scan(case, result.arrays["out"])
 
 
+def check_layers(cases, results):
+    for case, result in zip(cases, results, strict=True):
+        check_steps(case, result.arrays)
+
+
 def check_faults(cases, results):
     for case, result in zip(cases, results, strict=True):
         np.testing.assert_array_equal(result.arrays["out"], RESULTS[case.entry.removesuffix("_none")])
@@ -39,6 +45,7 @@ def check_faults(cases, results):
 PROGRAMS = [
     (SIM / "wrappers.cu", [case for case, _, _ in WRAPPERS], check_wrappers),
     (SIM / "scans.cu", SCANS, check_scans),
+    (SIM / "steps.cu", STEPS, check_layers),
     (
         SIM / "faults.cu",
         [Case("block_none", BLOCK), Case("grid_none", GRID), Case("cluster_none", CLUSTER)],

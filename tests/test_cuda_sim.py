@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from cuda_programs import SIM, Case, from_bf16, to_bf16
 from scans import ALL_SCANS, check_scan, scan_case
+from steps import STEPS, check_steps
 
 pytestmark = pytest.mark.skipif(bool(cuda_programs.no_emulator()), reason=cuda_programs.no_emulator() or "-")
 
@@ -293,6 +294,18 @@ def test_address_sanitizer_is_content(tmp_path):
     cases = [case for case, _, _ in WRAPPERS]
     results = cuda_programs.run(cuda_programs.emulated(SIM / "wrappers.cu", "address"), cases, tmp_path)
     assert [result.error or result.stderr for result in results] == [""] * len(cases)
+
+
+# --- The kernels of one step ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sanitizer", ["", pytest.param("address", marks=pytest.mark.slow)])
+def test_steps(sanitizer, tmp_path):
+    """Values, and with a sanitizer that nothing is touched beside what a kernel was given."""
+    results = cuda_programs.run(cuda_programs.emulated(SIM / "steps.cu", sanitizer), STEPS, tmp_path)
+    for case, result in zip(STEPS, results, strict=True):
+        assert (result.error, result.stderr) == ("", "")
+        check_steps(case, result.arrays)
 
 
 # --- Persistent scans -------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ Used by setup.py (`pip install`), and by the Makefile as a program::
     python tools/native.py check                  # the tools that no package registry brings
     python tools/native.py build                  # fastrnn/_C in the source tree
     python tools/native.py tests [--sanitize]     # the C++ tests; prints nothing that CMake and Ninja do not print
-    python tools/native.py cuda-sim               # the CUDA half on an emulated GPU, for the tests
+    python tools/native.py cuda-ops               # the CUDA half on an emulated GPU, for the tests
     python tools/native.py cuda-link              # the CUDA half against an unpacked CUDA torch: compiles and links
 
 Only the standard library is imported here: setup.py must work without torch (for an sdist), `check` before any
@@ -272,15 +272,15 @@ def build_in_place() -> None:
         target.unlink(missing_ok=True)  # one of an earlier build would be loaded
 
 
-def build_cuda_sim() -> Path:
+def build_cuda_ops() -> Path:
     """Build the ops of the CUDA half on an emulated GPU and return the library, for torch.ops.load_library."""
     home = cuda_home()
     if home is None:
         raise BuildError("CUDA's headers are not found: install the CUDA toolkit, or set CUDA_HOME")
     build = ROOT / "build" / "cuda-ops"
     extra = [f"-DFASTRNN_CUDA_HEADERS={home / 'include'}", "-DCMAKE_BUILD_TYPE=Release"]
-    configure_and_build(build, extra, "fastrnn_cuda_sim")
-    return build / "lib" / "libfastrnn_cuda_sim.so"
+    configure_and_build(build, extra, "fastrnn_cuda_ops")
+    return build / "lib" / "libfastrnn_cuda_ops.so"
 
 
 def build_cuda_link() -> Path:
@@ -335,14 +335,14 @@ def build_tests(sanitize: bool) -> Path:
 def main() -> None:
     """Run one of the commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["check", "build", "tests", "cuda-sim", "cuda-link"])
+    parser.add_argument("command", choices=["check", "build", "tests", "cuda-ops", "cuda-link"])
     parser.add_argument("--sanitize", action="store_true", help="build the tests with address and undefined sanitizers")
     arguments = parser.parse_args()
     try:
         if arguments.command == "check":
             check()
-        elif arguments.command == "cuda-sim":
-            build_cuda_sim()
+        elif arguments.command == "cuda-ops":
+            build_cuda_ops()
         elif arguments.command == "cuda-link":
             build_cuda_link()
         elif arguments.command == "tests":

@@ -62,7 +62,7 @@ struct ForwardElement {
   GPU_FN int64_t of_rows(int64_t width, int64_t j) const {
     return ((row - d * p.table.total) * p.table.directions + d) * width + j;
   }
-  // Does this step's state flow into another one?
+  // Does this step's state flow into another one? Of a valid step only: there is no reset beyond the last.
   GPU_FN bool flows_on() const {
     return !sequence.last(t, reverse) && sequence.flows(reverse ? t - 1 : t + 1, reverse);
   }
@@ -176,7 +176,7 @@ struct BackwardElement {
         reverse(direction == 1),
         sequence(params.table.sequence(direction, batch_row)),
         last(sequence.last(t, reverse)),
-        flows_on(!last && sequence.flows(reverse ? t - 1 : t + 1, reverse)) {}
+        flows_on(valid() && !last && sequence.flows(reverse ? t - 1 : t + 1, reverse)) {}
 
   GPU_FN bool valid() const { return t < sequence.length; }
   GPU_FN int64_t of_batch(int64_t width, int64_t j) const { return (d * p.table.batch + n) * width + j; }

@@ -105,7 +105,7 @@ void test_plan_cuda() {
   CHECK(plan.tier == Tier::kCluster && plan.exchange == Exchange::kAsync);
   CHECK(plan_cuda(problem_of(CellKind::kLstm, 2048, 8, 1, false), h200, "persistent").tier == Tier::kStepwise);
   // what a cluster of 16 holds
-  CHECK(plan_cuda(problem_of(CellKind::kLstm, 800, 8, 1, false), h200, "persistent").tier == Tier::kCluster);
+  CHECK(plan_cuda(problem_of(CellKind::kLstm, 768, 8, 1, false), h200, "persistent").tier == Tier::kCluster);
   for (const bool backward : {false, true}) {
     CHECK(plan_cuda(problem_of(CellKind::kLstm, 512, 8, 1, backward), h200, "persistent").tier == Tier::kCluster);
     // no clusters: only what one block holds
