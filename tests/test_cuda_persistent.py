@@ -8,7 +8,7 @@ import emulation
 import pytest
 import test_features
 import torch
-from cases import Case, data, module, outputs_and_gradients, parametrize, row_lengths, small, table, tensors
+from cases import Case, data, module, outputs_and_gradients, parametrize, small, table, tensors
 from test_cuda import need_cuda
 from test_modules import compare
 
@@ -51,22 +51,18 @@ def cases(**changes):
     return [replace(case, **changes) for case in small() if case.kind in KINDS]
 
 
-def both_types(**changes):
-    return [case for dtype in DTYPES for case in cases(dtype=dtype, **changes)]
-
-
 def swapped(**changes):
     """Every cell, the two dtypes in turn."""
     return [replace(case, dtype=DTYPES[index % 2]) for index, case in enumerate(cases(**changes))]
 
 
-@parametrize(table(DTYPES, KINDS, ("time_major", "batch_first"))[::5])
+@parametrize(table(DTYPES, KINDS, ("time_major", "batch_first"))[::11])
 def test_against_torch(case, place):
     compare(case, "one thread", place.device)
 
 
 # more rows of the batch than a cluster takes, units of more than one block, numbers of both that fill no tile
-@parametrize(both_types(steps=4, batch=19, inputs=3, hidden=150, bidirectional=True))
+@parametrize(swapped(steps=4, batch=11, inputs=3, hidden=150, bidirectional=True))
 def test_clusters(case, place):
     compare(case, "one thread", place.device)
 
@@ -80,32 +76,127 @@ def test_lengths_and_resets(case, which, place):
     test_features.compare_apart(case, which, "one thread", place.device)
 
 
-def alternatives(case, training, backward, device="h200"):
-    """How many plans there are for a case."""
-    cell = case.kind
-    return len(
-        fastrnn._C.cuda_plans(
-            cell,
-            steps=case.steps,
-            batch=case.batch,
-            hidden_size=case.hidden,
-            directions=case.directions,
-            training=training,
-            backward=backward,
-            device=device,
-        )
-    )
+def plans(case, backward):
+    return fastrnn._C.cuda_plans(
+        case.kind, case.steps, case.batch, case.hidden, case.directions, training=True, backward=backward
+    )[:-1]
 
 
-# 5 clusters, 1 to 16, two widths of tile or batch, two exchanges
-@pytest.mark.parametrize("index", range(0, 24))
+# Clusters of 1 to 16 blocks, both exchanges, every tile: the K-th plan forward and the K-th backward.
+@pytest.mark.parametrize("index", [pytest.param(k, marks=[pytest.mark.slow] if k % 4 else []) for k in range(24)])
 @parametrize([Case("lstm", steps=4, batch=9, hidden=130), Case("gru", steps=3, batch=17, hidden=136)])
 def test_every_plan(case, index, place, monkeypatch):
-    """The K-th of the alternatives, in every call; where there are fewer, that is a step at a time."""
     case = replace(case, dtype=DTYPES[index % 2])
-    counts = [alternatives(case, True, backward) for backward in (False, True)]
-    if index >= min(counts):
-        place.calls is not None and place.calls.clear()
-        pytest.skip(f"there are {counts} plans")
-    monkeypatch.setenv("FASTRNN_CUDA_PLAN", f"persistent:{index}")
+    counts = [len(plans(case, backward)) for backward in (False, True)]
+    assert max(counts) <= 24
+    monkeypatch.setenv("FASTRNN_CUDA_PLAN", f"persistent:{min(index, min(counts) - 1)}")
     compare(case, "one thread", place.device)
+
+
+# Tiles and clusters as they are meant to be used; steps enough for both buffers and both phases of their barriers.
+@pytest.mark.slow
+@parametrize(
+    [
+        Case("lstm", steps=5, batch=8, inputs=3, hidden=256, dtype=torch.bfloat16, bidirectional=True),
+        Case("lstm", steps=3, batch=17, inputs=3, hidden=512, dtype=torch.float16),
+        Case("gru", steps=3, batch=8, inputs=3, hidden=500, dtype=torch.bfloat16),
+        Case("rnn_tanh", steps=5, batch=33, inputs=3, hidden=768, dtype=torch.float16),
+    ]
+)
+def test_real_sizes(case, place):
+    compare(case, "one thread", place.device)
+
+
+@pytest.mark.parametrize("what", ["input", "output"])
+@parametrize(swapped(steps=5, batch=4, hidden=20, bidirectional=True))
+def test_nan_in_padding_reaches_nothing(case, what, place):
+    lengths = torch.tensor([5, 0, 2, 4], device=place.device)
+    net = module(case).to(place.device)
+    padding = (torch.arange(5, device=place.device).unsqueeze(1) >= lengths).unsqueeze(-1)
+
+    def run(poison):
+        input, hx = data(case, device=place.device)
+        input = torch.where(padding, poison if what == "input" else 1.0, input.detach())
+        results = tensors(net(input.requires_grad_(), hx, lengths))
+        gradient = torch.where(padding, poison if what == "output" else 1.0, results[0].detach())
+        sources = [input, *tensors(hx), *net.parameters()]
+        return [*results, *torch.autograd.grad(results, sources, [gradient, *(r.detach() for r in results[1:])])]
+
+    for found, expected in zip(run(float("nan")), run(0.5), strict=True):
+        assert torch.equal(found, expected)
+
+
+@parametrize(swapped(steps=4, batch=3, hidden=100))
+def test_same_bits(case, place, monkeypatch):
+    """In every run, and however blocks exchange their parts."""
+    found = []
+    for seed in range(4):
+        monkeypatch.setenv("CUSIM_SEED", str(seed))
+        found.append(outputs_and_gradients(module(case).to(place.device), *data(case, device=place.device)))
+    for name, value in found[0].items():
+        assert all(torch.equal(value, other[name]) for other in found[1:]), name
+
+
+def test_batch_rows_do_not_meet(place):
+    """A row gives the same bits alone and in any batch: padding within a tile is not seen."""
+    case = Case("lstm", steps=5, batch=19, hidden=20, dtype=torch.bfloat16)
+    net, (input, _) = module(case).to(place.device), data(case, device=place.device)
+    with torch.no_grad():
+        whole = net(input)[0]
+        for rows in (slice(0, 1), slice(5, 12), slice(8, 19)):
+            torch.testing.assert_close(net(input[:, rows])[0], whole[:, rows], rtol=0, atol=0)
+
+
+@parametrize(swapped(steps=4, batch=3, hidden=20, hx=False))
+def test_nan_of_a_row_stays_in_it(case, place):
+    """Rows of the batch share a product of matrices, and nothing else."""
+    net, (input, _) = module(case).to(place.device), data(case, device=place.device)
+    with torch.no_grad():
+        clean = net(input)[0]
+        input = input.detach().clone()
+        input[1, 1] = float("nan")
+        found = net(input)[0]
+    assert found[1:, 1].isnan().all()
+    torch.testing.assert_close(found[:, [0, 2]], clean[:, [0, 2]], rtol=0, atol=0)
+
+
+@parametrize(
+    [
+        Case("lstm", hidden=20),
+        Case("lstm", hidden=20, layout="sorted", dtype=torch.bfloat16),
+        Case("lstm_proj", hidden=20, dtype=torch.bfloat16),
+        Case("lstm", steps=5, hidden=1030, dtype=torch.bfloat16),
+    ]
+)
+def test_what_no_tier_holds_goes_step_by_step(case, monkeypatch):
+    if emulation.missing():
+        pytest.skip(emulation.missing())
+    monkeypatch.setenv("FASTRNN_CUDA_PLAN", "persistent")
+    with emulation.emulated_ops() as calls, fastrnn.backend("native"), torch.no_grad():
+        here = Place("cpu", calls)
+        module(case)(*data(case))
+        assert here.launches_per_call() >= case.steps
+
+
+def test_auto(monkeypatch):
+    """Without a wish the model decides: here for an H200, whose capability is the one that auto trusts."""
+    if emulation.missing():
+        pytest.skip(emulation.missing())
+    case = Case("lstm", steps=9, batch=3, hidden=20, dtype=torch.bfloat16)
+    launches = {}
+    for wish in ("auto", "stepwise", "persistent"):
+        monkeypatch.setenv("FASTRNN_CUDA_PLAN", wish)
+        with emulation.emulated_ops() as calls, fastrnn.backend("native"), torch.no_grad():
+            here = Place("cpu", calls)
+            module(case)(*data(case))
+            launches[wish] = here.launches_per_call()
+    assert launches == {"auto": 2, "stepwise": 9, "persistent": 2}
+
+
+def test_wrong_wish(monkeypatch):
+    if emulation.missing():
+        pytest.skip(emulation.missing())
+    monkeypatch.setenv("FASTRNN_CUDA_PLAN", "fast")
+    case = Case("gru", dtype=torch.bfloat16)
+    with emulation.emulated_ops(), fastrnn.backend("native"), pytest.raises(ValueError, match="persistent:K, got 'fast'"):
+        module(case)(*data(case))

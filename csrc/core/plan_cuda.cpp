@@ -32,14 +32,14 @@ int64_t clusters_at_once(int cluster, const CudaDevice& device) {
   return static_cast<int64_t>(of_132 * device.multiprocessors / 132);
 }
 
-// Bytes of shared memory of a block: what it exchanges, twice; the weights; two mbarriers. Backward also has the gate
-// gradients of its units, and what they carry from step to step.
+// Bytes of shared memory of a block: the operand of its products, twice; the weights; two mbarriers. Backward also two
+// inboxes, and what its units carry from step to step.
 int64_t shared_bytes_of(const CudaPlan& plan, const CudaProblem& p) {
   const int64_t columns = int64_t{kMatrixColumns} * plan.batch_groups;
   const int64_t weights = int64_t{plan.warps} * plan.row_tiles * plan.shared_steps * kFragmentBytes;
   const int64_t operand = plan.depth * columns * p.element_size;
-  const int64_t exchanged = p.backward ? operand + (2 * int64_t{plan.cluster} + 1) * plan.units * columns * 4
-                                       : 2 * operand;
+  int64_t exchanged = 2 * operand;
+  if (p.backward) exchanged += (2 * int64_t{plan.cluster} + 1) * plan.units * columns * 4;
   return exchanged + weights + 16;
 }
 

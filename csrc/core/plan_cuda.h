@@ -95,7 +95,7 @@ constexpr int chains_of(int row_tiles, int batch_groups) { return row_tiles * ba
 // k-steps whose fragments stay in registers: what is left of 255 by sums, operands, addresses and the cells of a lane.
 // nvcc says whether it is so (tests/test_cuda_compile.py): a spilled register is an error there.
 constexpr int register_steps_of(int row_tiles, int batch_groups, int of_cells) {
-  constexpr int kAddresses = 67;
+  constexpr int kAddresses = 72;
   const int sums = 4 * chains_of(row_tiles, batch_groups) * row_tiles * batch_groups;
   return (255 - kAddresses - sums - 8 * batch_groups - of_cells) / (4 * row_tiles) / 2 * 2;
 }

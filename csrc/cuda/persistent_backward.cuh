@@ -6,7 +6,8 @@
 // and the owner adds the parts in the order of the blocks: the same bits in every run.
 //
 // Parts arrive in two inboxes by turns. A block sends parts of step s + 2 only when it has all of step s + 1, which every
-// other block sent after all its threads had read the inbox of step s.
+// other block sent after all its threads had read the inbox of step s. The operand of the products is there twice too:
+// what has arrived says nothing of a warp of the own block whose parts all go to others, and which may still multiply.
 #pragma once
 
 #include "persistent.cuh"
@@ -210,16 +211,16 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) persistent_backward_
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int steps = plan.register_steps + plan.shared_steps, inbox_size = cluster * units * kColumns;
   const bool multiplies = warp < plan.warps;  // the others only have elements
-  T* const operand = reinterpret_cast<T*>(bytes);  // [kGroups, depth, 8]
-  float* const inbox = reinterpret_cast<float*>(operand + depth * kColumns);  // [2, cluster, kGroups, units, 8]
+  T* const operand = reinterpret_cast<T*>(bytes);  // [2, kGroups, depth, 8]
+  float* const inbox = reinterpret_cast<float*>(operand + 2 * depth * kColumns);  // [2, cluster, kGroups, units, 8]
   float* const carry = inbox + 2 * inbox_size;  // [units * kColumns]
   uint4* const weights = reinterpret_cast<uint4*>(carry + units * kColumns);
   const int tiles = plan.warps * plan.shared_steps * kTiles;
   const Turn turn(plan, reinterpret_cast<uint64_t*>(weights + tiles * 32));
 
   const int from = 8 * Cell::kGates * units;  // zeros behind the gates of the block's units
-  for (int i = static_cast<int>(threadIdx.x); i < kGroups * (depth * 8 - from); i += static_cast<int>(blockDim.x)) {
-    const int q = i / (depth * 8 - from);
+  for (int i = static_cast<int>(threadIdx.x); i < 2 * kGroups * (depth * 8 - from); i += static_cast<int>(blockDim.x)) {
+    const int q = i / (depth * 8 - from);  // of both buffers
     operand[q * depth * 8 + from + i % (depth * 8 - from)] = gpu::from_float<T>(0.f);
   }
   BackwardThread<Cell, T, kElementsOfThread, kGroups> own(p, rank, carry);
@@ -236,13 +237,14 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) persistent_backward_
   for (int64_t s = 0; s < all; ++s) {
     const int64_t t = d == 0 ? all - 1 - s : s;
     const bool more = s + 1 < all;
-    own.compute(t, s == 0 ? nullptr : inbox + s % 2 * inbox_size, operand);
+    T* const own_gates = operand + s % 2 * depth * kColumns;
+    own.compute(t, s == 0 ? nullptr : inbox + s % 2 * inbox_size, own_gates);
     gpu::syncthreads();
     if (!more) break;
     turn.expect(s + 1, arriving);
     if (multiplies) {
       float sums[kTiles][kGroups][4];
-      product.multiply(sums, operand, depth, depth / 16);
+      product.multiply(sums, own_gates, depth, depth / 16);
       float* const place = inbox + (s + 1) % 2 * inbox_size + rank * units * kColumns;
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {

@@ -52,7 +52,7 @@ void check_fits(const CudaPlan& plan, const CudaProblem& p, const CudaDevice& de
     CHECK(plan.depth >= p.gates * plan.units && int64_t{plan.warps} * plan.row_tiles * 16 >= p.units);
     CHECK(int64_t{plan.units} * columns <= int64_t{plan.threads} * kElementsOfThread);
     const int64_t inboxes = 2 * int64_t{plan.cluster} * plan.units * columns * 4;
-    CHECK(plan.shared_bytes >= held + inboxes + plan.depth * columns * 2 + plan.units * columns * 4 + 16);
+    CHECK(plan.shared_bytes >= held + inboxes + 2 * plan.depth * columns * 2 + plan.units * columns * 4 + 16);
   } else {
     CHECK(plan.depth >= divide_up(p.units, 8) * 8 && plan.units == plan.warps * plan.octets * 8);
     CHECK(plan.row_tiles * 2 >= plan.octets * p.gates);
