@@ -245,6 +245,7 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) persistent_backward_
     if (multiplies) {
       float sums[kTiles][kGroups][4];
       product.multiply(sums, own_gates, depth, depth / 16);
+      gpu::syncwarp();  // what any lane sends says that all lanes have read
       float* const place = inbox + (s + 1) % 2 * inbox_size + rank * units * kColumns;
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {

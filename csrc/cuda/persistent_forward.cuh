@@ -261,6 +261,7 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) persistent_forward_k
       own.compute(t, sums);
     }
     if (more && own.active()) {
+      gpu::syncwarp();  // what any lane sends says that all lanes have read
 #pragma unroll
       for (int o = 0; o < kOctets; ++o) {
         if (own.octet_active(o)) {
