@@ -3,6 +3,7 @@ does not. The rest of the CUDA half's tests are in test_cuda.py; races and plant
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import emulation
 import pytest
@@ -198,5 +199,19 @@ def test_wrong_wish(monkeypatch):
         pytest.skip(emulation.missing())
     monkeypatch.setenv("FASTRNN_CUDA_PLAN", "fast")
     case = Case("gru", dtype=torch.bfloat16)
-    with emulation.emulated_ops(), fastrnn.backend("native"), pytest.raises(ValueError, match="persistent:K, got 'fast'"):
+    with (
+        emulation.emulated_ops(),
+        fastrnn.backend("native"),
+        pytest.raises(ValueError, match="persistent:K, got 'fast'"),
+    ):
         module(case)(*data(case))
+
+
+def test_documented_predictions():
+    """The table of docs/cuda.md is what the plan says today."""
+    if fastrnn._backend.native is None:
+        pytest.skip("the native library is not loaded")
+    from bench import cuda_plans
+
+    text = (Path(__file__).parent.parent / "docs" / "cuda.md").read_text(encoding="utf-8")
+    assert "\n".join(cuda_plans.table("h200")) in text, "update it: python -m bench.cuda_plans"

@@ -58,7 +58,8 @@ void check_fits(const CudaPlan& plan, const CudaProblem& p, const CudaDevice& de
     CHECK(plan.row_tiles * 2 >= plan.octets * p.gates);
     CHECK(plan.shared_bytes >= held + 2 * plan.depth * columns * 2 + 16);
   }
-  CHECK(plan.fragments(p.directions) == int64_t{32} * p.directions * plan.cluster * plan.warps * plan.row_tiles * steps);
+  CHECK(plan.fragments(p.directions) ==
+        int64_t{32} * p.directions * plan.cluster * plan.warps * plan.row_tiles * steps);
   CHECK(plan.step_microseconds > 0.1 && plan.step_microseconds < 1e4);
 }
 

@@ -46,7 +46,8 @@ CudaPlan plan_of(const Case& c, bool backward) {
                             .backward = backward};
   for (const CudaPlan& plan : fastrnn::persistent_plans(problem, fastrnn::cuda_device("h200"))) {
     const bool tile = backward ? plan.row_tiles == 2 : plan.batch_groups == 1 && plan.octets <= 2 && plan.row_tiles < 4;
-    if (plan.cluster == c.number("cluster") && static_cast<int>(plan.exchange) == c.number("exchange") && tile) return plan;
+    if (plan.cluster == c.number("cluster") && static_cast<int>(plan.exchange) == c.number("exchange") && tile)
+      return plan;
   }
   throw std::runtime_error("no such plan");
 }
