@@ -52,7 +52,7 @@ def layer_case(cell, steps=5, batch=3, units=20, directions=1, cluster=2, exchan
 
 
 def expected(case):
-    """Output, final states and the gradients of both projections in float64, h rounded where the tensor cores read it."""
+    """Outputs and the gradients of both projections in float64, h rounded where the tensor cores read it."""
     cell, a = case.entry, case.arrays
     steps, batch, units, directions = (case.numbers[name] for name in ("steps", "batch", "units", "directions"))
     spec = reference.CELLS[cell]
@@ -120,15 +120,15 @@ LAYERS = [
 FAULTS = {
     "no wait forward": ("persistent_forward.cuh", "turn.wait(s + 1);", "", 0),
     "no wait backward": ("persistent_backward.cuh", "turn.wait(s + 1);", "", 0),
-    "one buffer of h": ("persistent_forward.cuh", "T* const next = h + (s + 1) % 2 *", "T* const next = h + s % 2 *", 0),
-    "one inbox": ("persistent_backward.cuh", "float* const place = inbox + (s + 1) % 2 *", "float* const place = inbox + s % 2 *", 0),
-    "one operand": ("persistent_backward.cuh", "T* const own_gates = operand + s % 2 *", "T* const own_gates = operand + 0 *", 5),
+    "one buffer of h": ("persistent_forward.cuh", "T* const next = h + (s + 1) % 2 *", "T* const next = h + s % 2 *", 0),  # noqa: E501
+    "one inbox": ("persistent_backward.cuh", "float* const place = inbox + (s + 1) % 2 *", "float* const place = inbox + s % 2 *", 0),  # noqa: E501
+    "one operand": ("persistent_backward.cuh", "T* const own_gates = operand + s % 2 *", "T* const own_gates = operand + 0 *", 5),  # noqa: E501
     "no block barrier": ("persistent_backward.cuh", "gpu::syncthreads();", "", 0),
     "blocks do not begin together": ("persistent.cuh", "gpu::cluster_sync();", "gpu::syncthreads();", 0),
-    "no barrier of one block": ("persistent.cuh", "void wait(int64_t s) const {\n    if (exchange_ == Exchange::kBlock) {\n      gpu::syncthreads();", "void wait(int64_t s) const {\n    if (exchange_ == Exchange::kBlock) {", 2),
+    "no barrier of one block": ("persistent.cuh", "void wait(int64_t s) const {\n    if (exchange_ == Exchange::kBlock) {\n      gpu::syncthreads();", "void wait(int64_t s) const {\n    if (exchange_ == Exchange::kBlock) {", 2),  # noqa: E501
     "no cluster barrier": ("persistent.cuh", "    } else {\n      gpu::cluster_wait();", "    } else {", 3),
     "wrong parity": ("persistent.cuh", "(s - 1) / 2 % 2", "s / 2 % 2", 0),
-    "too few bytes": ("persistent_forward.cuh", "arriving = static_cast<unsigned>(", "arriving = static_cast<unsigned>(-16 + ", 0),
+    "too few bytes": ("persistent_forward.cuh", "arriving = static_cast<unsigned>(", "arriving = static_cast<unsigned>(-16 + ", 0),  # noqa: E501
 }  # fmt: skip
 
 
