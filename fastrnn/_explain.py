@@ -86,7 +86,9 @@ def explain(
         lines.append(f"cpu capability: {_backend.native.cpu_capability()}")
         lines += _plans(module, cell, input, data, lengths)
     elif data.is_cuda:
-        lines.append("kernels: stepwise, a matrix product and a pointwise kernel for each step")
+        stepwise = "stepwise, a matrix product and a pointwise kernel for each step"
+        persistent = "a persistent scan where the plan has one (docs/cuda.md), else "
+        lines.append("kernels: " + (persistent if data.dtype in (torch.float16, torch.bfloat16) else "") + stepwise)
     return "\n".join(lines)
 
 

@@ -1,5 +1,6 @@
 """The CUDA half's ops on an emulated GPU, in place of the CPU's: all that stands above the op then runs on them."""
 
+import functools
 import sys
 import warnings
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ def missing() -> str:
     return "" if cuda_home() else "no CUDA headers: install the CUDA toolkit, or set CUDA_HOME"
 
 
+@functools.cache
 def library():
     """The emulated ops as `torch.ops.fastrnn_sim`, built if they are not."""
     torch.ops.load_library(build.build_cuda_ops())

@@ -36,8 +36,10 @@ def emulated():
 
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.cuda)])
-def device(request):
-    """Where the tensors are: "cpu", with the emulated GPU's ops in place of the CPU's, or "cuda"."""
+def device(request, monkeypatch):
+    """Where the tensors are: "cpu", with the emulated GPU's ops in place of the CPU's, or "cuda". Step by step: the
+    persistent scans have their own tests."""
+    monkeypatch.setenv("FASTRNN_CUDA_PLAN", "stepwise")
     if request.param == "emulated":
         request.getfixturevalue("emulated")
         with emulation.emulated_ops() as calls, fastrnn.backend("native"):

@@ -84,6 +84,39 @@ def test_instructions(source):
         assert counts and min(counts) > 0, name
 
 
+CELLS = {"Rnn": "rnn_tanh", "Lstm": "lstm", "Gru": "gru"}
+
+
+def products_of(kernel: str) -> int:
+    """How many tensor-core instructions a persistent kernel has: one for each fragment of weights in registers and each
+    group of 8 rows of the batch, and those of two k-steps more in a loop over the fragments in shared memory."""
+    from fastrnn import _C
+
+    direction = re.search(r"persistent_(forward|backward)_kernel", kernel)
+    cell, sizes = re.search(r"(Rnn|Lstm|Gru)Cell", kernel), re.search(r"Li(\d+)ELi(\d+)E", kernel)
+    assert direction and cell and sizes
+    backward, groups = direction[1] == "backward", int(sizes[2])
+    plans = _C.cuda_plans(CELLS[cell[1]], 2, 16, 100, backward=backward)[:-1]
+    if backward:
+        fits = [plan for plan in plans if plan["row_tiles"] == int(sizes[1])]
+    else:  # so many groups of 8 units a warp
+        fits = [plan for plan in plans if plan["units"] * 4 == plan["threads"] * int(sizes[1])]
+    steps, tiles = {(p["register_steps"], p["row_tiles"]) for p in fits if p["rows"] == 8 * groups}.pop()
+    return (steps + 2) * tiles * groups
+
+
+@needs_nvcc
+@pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_products_of_persistent_kernels(name):
+    """All of them, and no more: nothing is dropped, nothing is computed twice."""
+    pytest.importorskip("fastrnn._C")
+    kernels = instructions(ROOT / "csrc" / "cuda" / f"persistent_{name}.cu")
+    assert len(kernels) >= 20
+    for kernel, counts in kernels.items():
+        assert counts["HMMA"] == products_of(kernel), kernel
+
+
 def without_comments(path: Path) -> str:
     """Line numbers and strings stay."""
     return re.sub(r"//.*", "", path.read_text(encoding="utf-8"))

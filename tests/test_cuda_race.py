@@ -10,6 +10,7 @@ import cuda_programs
 import numpy as np
 import pytest
 from cuda_programs import SIM, Case
+from layers import LAYERS, check_layer
 from scans import SMALL_SCANS, check_scan, scan_case
 from steps import STEPS, check_steps
 from test_cuda_sim import BLOCK, CLUSTER, GRID, RESULTS, WRAPPERS
@@ -36,6 +37,11 @@ def check_layers(cases, results):
         check_steps(case, result.arrays)
 
 
+def check_persistent(cases, results):
+    for case, result in zip(cases, results, strict=True):
+        check_layer(case, result.arrays)
+
+
 def check_faults(cases, results):
     for case, result in zip(cases, results, strict=True):
         np.testing.assert_array_equal(result.arrays["out"], RESULTS[case.entry.removesuffix("_none")])
@@ -46,6 +52,7 @@ PROGRAMS = [
     (SIM / "wrappers.cu", [case for case, _, _ in WRAPPERS], check_wrappers),
     (SIM / "scans.cu", SCANS, check_scans),
     (SIM / "steps.cu", STEPS, check_layers),
+    (SIM / "layers.cu", LAYERS, check_persistent),
     (
         SIM / "faults.cu",
         [Case("block_none", BLOCK), Case("grid_none", GRID), Case("cluster_none", CLUSTER)],

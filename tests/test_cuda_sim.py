@@ -9,6 +9,7 @@ import cuda_programs
 import numpy as np
 import pytest
 from cuda_programs import SIM, Case, from_bf16, to_bf16
+from layers import FAULTS, LAYERS, check_layer, faulty_program
 from scans import ALL_SCANS, check_scan, scan_case
 from steps import STEPS, check_steps
 
@@ -346,3 +347,32 @@ def test_scan_with_a_fault(arguments, fault, tmp_path):
         except AssertionError:
             return
     pytest.fail("no schedule showed the fault")
+
+
+# --- Whole layers, by the kernels of the library ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sanitizer, seed", [("", 0), ("", 1), ("", 2), pytest.param("address", 0, marks=pytest.mark.slow)]
+)
+def test_layers(sanitizer, seed, tmp_path):
+    results = cuda_programs.run(cuda_programs.emulated(SIM / "layers.cu", sanitizer), LAYERS, tmp_path, seed)
+    for case, result in zip(LAYERS, results, strict=True):
+        assert (result.error, result.stderr) == ("", "")
+        check_layer(case, result.arrays)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_in_a_layer_is_found(fault, tmp_path):
+    """In some schedule: by the emulator's rules, or by what comes out."""
+    program, case = faulty_program(fault, tmp_path / "sources"), LAYERS[FAULTS[fault][-1]]
+    for seed in range(16):
+        result = cuda_programs.run(program, [case], tmp_path / str(seed), seed)[0]
+        if result.error:
+            return
+        try:
+            check_layer(case, result.arrays)
+        except AssertionError:
+            return
+    pytest.fail("no schedule shows it")

@@ -11,6 +11,7 @@
 
 #include "cuda/kernels.h"
 #include "ops/layer_op.h"
+#include "ops/persistent.h"
 #include "ops/rows.h"
 
 namespace fastrnn {
@@ -80,6 +81,8 @@ class Steps {
   }
 
   int64_t total() const { return host_.total(); }
+  // The row of (t, n) is t * step_stride() + n * batch_stride, but in packed data.
+  int64_t step_stride() const { return batch_first_ ? 1 : table_.batch; }
 
   // The table of step `s` of a scan that goes with the direction of the data, or `against` it.
   const StepTable& at(int64_t s, bool against) {
@@ -136,7 +139,7 @@ void step_product(const Tensor& out, const Tensor& a, const Tensor& weights, int
 
 }  // namespace
 
-Tensors stepwise_layer(CellKind kind, void* stream, const Tensor& input, TensorList hx_list, TensorList weight_list,
+Tensors stepwise_layer(CellKind kind, const Gpu& gpu, const Tensor& input, TensorList hx_list, TensorList weight_list,
                        const OptionalTensor& lengths, const OptionalTensor& reset, const OptionalTensor& batch_sizes,
                        bool bidirectional, bool batch_first, bool need_steps, bool need_reserve) {
   const Layout l = check_layer(kind, input, hx_list, weight_list, lengths, reset, batch_sizes, bidirectional,
@@ -158,6 +161,28 @@ Tensors stepwise_layer(CellKind kind, void* stream, const Tensor& input, TensorL
     product(gates.select(0, d).view({steps.total(), columns}).narrow(1, 0, gate_width), x, weights[l.w_ih(d)].t());
   }
 
+  StepForward p;
+  p.units = z.units;
+  p.outputs = z.outputs;
+  p.projected = l.projected;
+  p.save = need_reserve;
+  p.gates = mutable_pointer(gates);
+  p.gates_stride = columns;
+  for (int d = 0; d < l.directions && l.biases; ++d) {
+    p.b_ih[d] = pointer(weights[l.b_ih(d)]);
+    p.b_hh[d] = pointer(weights[l.b_hh(d)]);
+  }
+  if (!hx.empty()) p.h0 = pointer(hx[0]);
+  if (hx.size() > 1) p.c0 = pointer(hx[1]);
+  p.output = mutable_pointer(result.output);
+  p.cells = mutable_pointer(result.cells);
+  p.h_n = mutable_pointer(result.h_n);
+  p.c_n = mutable_pointer(result.c_n);
+  p.table = steps.at(0, false);
+  if (run_persistent(kind, storage, gpu, l, batch_sizes.has_value(), weights, p, steps.step_stride())) {
+    return result.with_reserve(need_reserve ? gates : at::empty({0}, sums));
+  }
+
   const auto zeros_or = [&](size_t s, int64_t width, const at::TensorOptions& type) {
     Tensor initial = at::zeros({z.directions, z.batch, width}, type);
     if (s >= hx.size()) return initial;
@@ -177,44 +202,26 @@ Tensors stepwise_layer(CellKind kind, void* stream, const Tensor& input, TensorL
     w_hr = both(weights, l.w_hr(0), l.w_hr(1), z.directions).transpose(1, 2);
   }
 
-  StepForward p;
-  p.units = z.units;
-  p.outputs = z.outputs;
-  p.projected = l.projected;
-  p.save = need_reserve;
-  p.gates = mutable_pointer(gates);
-  p.gates_stride = columns;
-  for (int d = 0; d < l.directions && l.biases; ++d) {
-    p.b_ih[d] = pointer(weights[l.b_ih(d)]);
-    p.b_hh[d] = pointer(weights[l.b_hh(d)]);
-  }
-  if (!hx.empty()) p.h0 = pointer(hx[0]);
-  if (hx.size() > 1) p.c0 = pointer(hx[1]);
   p.hidden = mutable_pointer(hidden);
   p.state = mutable_pointer(state);
   p.activation = mutable_pointer(activation);
   p.product = pointer(projected);
-  p.output = mutable_pointer(result.output);
-  p.cells = mutable_pointer(result.cells);
-  p.h_n = mutable_pointer(result.h_n);
-  p.c_n = mutable_pointer(result.c_n);
-
   for (int64_t s = 0; s < z.steps; ++s) {
     p.table = steps.at(s, false);
     if (s > 0 || !hx.empty()) {
       step_product(recurrent, hidden, w_hh, steps.visited());
       p.recurrent = pointer(recurrent);
     }
-    forward_step(kind, storage, p, stream);
+    forward_step(kind, storage, p, gpu.stream);
     if (l.projected) {
       step_product(projected, activation, w_hr, steps.visited());
-      forward_projected(storage, p, stream);
+      forward_projected(storage, p, gpu.stream);
     }
   }
   return result.with_reserve(need_reserve ? gates : at::empty({0}, sums));
 }
 
-Tensors stepwise_layer_backward(CellKind kind, void* stream, const OptionalTensors& grad_outputs, const Tensor& input,
+Tensors stepwise_layer_backward(CellKind kind, const Gpu& gpu, const OptionalTensors& grad_outputs, const Tensor& input,
                                 TensorList hx_list, TensorList weight_list, const OptionalTensor& lengths,
                                 const OptionalTensor& reset, const OptionalTensor& batch_sizes, const Tensor& output_,
                                 const Tensor& reserve_, bool bidirectional, bool batch_first, const Mask& mask,
@@ -254,15 +261,6 @@ Tensors stepwise_layer_backward(CellKind kind, void* stream, const OptionalTenso
   const Tensor grad_recurrent = cell.separate > 0 && wants_recurrent ? by_rows(gate_width) : Tensor();
   const Tensor previous = wants_w_hh ? by_rows(z.outputs) : Tensor();
   const Tensor grad_projected = l.projected ? by_rows(z.outputs) : Tensor();
-  const Tensor step_gates = by_batch(gate_width, options), grad_hidden = by_batch(z.outputs, sums);
-  const Tensor w_hh = both(weights, l.w_hh(0), l.w_hh(1), z.directions);
-  Tensor step_projected, grad_activation, w_hr;
-  if (l.projected) {
-    step_projected = by_batch(z.outputs, options);
-    grad_activation = by_batch(z.units, sums);
-    w_hr = both(weights, l.w_hr(0), l.w_hr(1), z.directions);
-  }
-
   StepBackward p;
   p.units = z.units;
   p.outputs = z.outputs;
@@ -276,27 +274,38 @@ Tensors stepwise_layer_backward(CellKind kind, void* stream, const OptionalTenso
   p.grad_h_n = pointer(a.grads[1]);
   if (cell.states > 1) p.grad_c_n = pointer(a.grads[2]);
   if (a.grads.size() > static_cast<size_t>(1 + cell.states)) p.grad_cells = pointer(a.grads[3]);
-  p.grad_activation = pointer(grad_activation);
   p.carry = mutable_pointer(scanned.carry);
   p.grad_gates = mutable_pointer(grad_gates);
   p.grad_recurrent = mutable_pointer(grad_recurrent);
-  p.step_gates = mutable_pointer(step_gates);
   p.grad_first = mutable_pointer(scanned.grad_first);
   p.previous = mutable_pointer(previous);
   p.grad_projected = mutable_pointer(grad_projected);
-  p.step_projected = mutable_pointer(step_projected);
 
-  for (int64_t s = 0; s < z.steps; ++s) {
-    if (s > 0) {
-      step_product(grad_hidden, step_gates, w_hh, steps.visited());
-      p.product = pointer(grad_hidden);
-    }
-    p.table = steps.at(s, true);
+  p.table = steps.at(0, true);
+  if (!run_persistent(kind, storage, gpu, l, batch_sizes.has_value(), weights, p, steps.step_stride())) {
+    const Tensor step_gates = by_batch(gate_width, options), grad_hidden = by_batch(z.outputs, sums);
+    const Tensor w_hh = both(weights, l.w_hh(0), l.w_hh(1), z.directions);
+    Tensor step_projected, grad_activation, w_hr;
     if (l.projected) {
-      backward_projected(storage, p, stream);
-      step_product(grad_activation, step_projected, w_hr, steps.visited());
+      step_projected = by_batch(z.outputs, options);
+      grad_activation = by_batch(z.units, sums);
+      w_hr = both(weights, l.w_hr(0), l.w_hr(1), z.directions);
     }
-    backward_step(kind, storage, p, stream);
+    p.grad_activation = pointer(grad_activation);
+    p.step_gates = mutable_pointer(step_gates);
+    p.step_projected = mutable_pointer(step_projected);
+    for (int64_t s = 0; s < z.steps; ++s) {
+      if (s > 0) {
+        step_product(grad_hidden, step_gates, w_hh, steps.visited());
+        p.product = pointer(grad_hidden);
+      }
+      p.table = steps.at(s, true);
+      if (l.projected) {
+        backward_projected(storage, p, gpu.stream);
+        step_product(grad_activation, step_projected, w_hr, steps.visited());
+      }
+      backward_step(kind, storage, p, gpu.stream);
+    }
   }
 
   for (int d = 0; d < l.directions; ++d) {

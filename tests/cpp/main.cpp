@@ -4,6 +4,7 @@
 namespace fastrnn::test {
 void test_plan();
 void test_streaming();
+void test_plan_cuda();
 void test_kernels_default();
 #ifdef FASTRNN_X86
 void test_kernels_avx2();
@@ -20,6 +21,7 @@ int main() {
   };
   run("plan", test_plan);
   run("streaming", test_streaming);
+  run("plan cuda", test_plan_cuda);
   run("kernels default", test_kernels_default);
 #ifdef FASTRNN_X86
   __builtin_cpu_init();

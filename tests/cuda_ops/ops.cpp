@@ -1,6 +1,7 @@
 // The ops for CUDA tensors on an emulated GPU, as ops of the CPU: the same kernels, the same host loop, the same checks.
 #include <torch/library.h>
 
+#include "cusim.h"
 #include "ops/stepwise.h"
 
 namespace fastrnn {
@@ -8,13 +9,15 @@ namespace {
 
 struct EmulatedDevice {
   explicit EmulatedDevice(const Tensor&) {}
-  void* stream() const { return nullptr; }
+  Gpu gpu() const { return {nullptr, cuda_device("h200")}; }
 };
 
 TORCH_LIBRARY(fastrnn_sim, m) {
   for_each_stepwise_op<EmulatedDevice>([&](const std::string& name, auto function) {
     m.def(name.c_str(), torch::dispatch(c10::DispatchKey::CPU, function));
   });
+  m.def("launches() -> int", torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd,
+                                             [] { return static_cast<int64_t>(cusim::launches()); }));
 }
 
 }  // namespace

@@ -106,6 +106,7 @@ struct Shape {
   bool cooperative;
 };
 void launch(const void* kernel, const Shape& shape, void (*run_thread)(const void*), const void* arguments);
+size_t launches();  // so far
 int max_blocks(dim3 block, size_t shared_bytes);  // at the same time, on a device with H200's shared memory and threads
 
 template <class T>

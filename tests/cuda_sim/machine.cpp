@@ -275,6 +275,7 @@ void launch(const void* kernel, const Shape& shape, void (*run_thread)(const voi
   const std::lock_guard<std::mutex> lock(machine.mutex);
   if (const char* what = invalid(shape)) throw std::runtime_error("cusim: " + name_of(kernel) + ": " + what);
   machine.shape = shape;
+  ++machine.launches;
   machine.run_thread = run_thread;
   machine.arguments = arguments;
   machine.error.clear();
@@ -307,6 +308,8 @@ void launch(const void* kernel, const Shape& shape, void (*run_thread)(const voi
   note_acquire(&machine.exit_tag);
   if (!machine.error.empty()) throw std::runtime_error("cusim: " + name_of(kernel) + ": " + machine.error);
 }
+
+size_t launches() { return machine.launches; }
 
 int max_blocks(dim3 block, size_t shared_bytes) {
   constexpr size_t kMultiprocessors = 132, kSharedBytes = 228 << 10, kReservedBytes = 1 << 10, kThreads = 2048,

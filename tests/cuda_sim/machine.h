@@ -113,6 +113,7 @@ struct Machine {
   size_t first_ready = 0, ready_count = 0;
   size_t live = 0, idle = 0;  // threads not done; yields since something happened
   long long switches = 0;
+  size_t launches = 0;
   uint64_t random = 0;  // 0: round robin
   bool run_ahead = false;
   std::vector<Stack> stacks;

@@ -1,0 +1,191 @@
+#include "core/plan_cuda.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+
+namespace fastrnn {
+namespace {
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// Clocks and rates of one multiprocessor that the model counts with. From documentation and published microbenchmarks,
+// not from measurements of these kernels: the first run on a GPU compares them.
+constexpr double kSharedBytesPerClock = 128;
+constexpr double kMatrixClocks = 6.5;            // of one mma.m16n8k16 on one of four tensor cores
+constexpr double kSpecialPerClock = 16;          // exp2 and reciprocal
+constexpr double kRemoteBytesPerClock = 20;      // arriving from other blocks of a cluster
+constexpr double kRemoteLatency = 200;           // of a store to another block, clocks
+constexpr double kClusterBarrier = 740;          // a releasing arrival waits for all earlier stores, through L2
+constexpr double kBlockBarrier = 40;
+constexpr double kProductLatency = 110;          // first operand read to last dependent sum
+constexpr double kCellLatency = 200;             // the chain of a cell, addresses and packing
+constexpr double kLaunchMicroseconds = 4;        // of a launch in a loop, its gap included
+constexpr double kSpecialsOfCell = 2.5;          // exp2 and reciprocals for each gate of an element
+
+// The largest number of clusters at once. A cluster lies in one group of multiprocessors, and groups are not even: what
+// was reported of H100s (16 blocks: 7 clusters, 8: 15, 4: 31, 2: 66, of 132) scaled to the device. Before a launch the
+// device itself is asked.
+int64_t clusters_at_once(int cluster, const CudaDevice& device) {
+  const double of_132 = cluster == 1 ? 132 : cluster == 2 ? 66 : cluster == 4 ? 31 : cluster == 8 ? 15 : 7;
+  return static_cast<int64_t>(of_132 * device.multiprocessors / 132);
+}
+
+// Bytes of shared memory of a block: the operand of its products, twice; the weights; two mbarriers. Backward also two
+// inboxes, and what its units carry from step to step.
+int64_t shared_bytes_of(const CudaPlan& plan, const CudaProblem& p) {
+  const int64_t columns = int64_t{kMatrixColumns} * plan.batch_groups;
+  const int64_t weights = int64_t{plan.warps} * plan.row_tiles * plan.shared_steps * kFragmentBytes;
+  const int64_t operand = plan.depth * columns * p.element_size;
+  int64_t exchanged = 2 * operand;
+  if (p.backward) exchanged += (2 * int64_t{plan.cluster} + 1) * plan.units * columns * 4;
+  return exchanged + weights + 16;
+}
+
+double predicted_step(const CudaPlan& plan, const CudaProblem& p, const CudaDevice& device) {
+  const double columns = kMatrixColumns * plan.batch_groups, cluster = plan.cluster;
+  const double steps = plan.register_steps + plan.shared_steps, used = plan.depth / 16.0;
+  const double turns = std::ceil(plan.warps / 4.0);
+  const double matrix = turns * used * plan.row_tiles * plan.batch_groups * kMatrixClocks;
+  const double weights = plan.warps * plan.row_tiles * std::max(0.0, used - plan.register_steps) * kFragmentBytes;
+  const double operand = plan.warps * std::min(used, steps) * 16 * columns * p.element_size;
+  const double product = std::max(matrix, (weights + operand) / kSharedBytesPerClock) + kProductLatency;
+  const double cell = plan.units * columns * kSpecialsOfCell * p.gates / kSpecialPerClock + kCellLatency;
+  double exchange = kBlockBarrier;
+  if (plan.cluster > 1) {
+    const double arriving = p.backward ? (cluster - 1) * plan.units * columns * 4
+                                       : (cluster - 1) / cluster * static_cast<double>(p.units) * columns * 2;
+    exchange = arriving / kRemoteBytesPerClock + kRemoteLatency;
+    if (plan.exchange == Exchange::kClusterBarrier) exchange += kClusterBarrier;
+    if (p.backward) exchange += kBlockBarrier;
+  }
+  const double alone = (product + cell + exchange) / (device.clock_ghz * 1e3);
+  // what a step reads and writes of the device's memory, all running clusters together
+  const double running = static_cast<double>(std::min(plan.clusters, plan.at_once));
+  double bytes = 4.0 * p.gates + p.element_size;
+  if (p.training || p.backward) bytes += 4.0 * p.saved;
+  if (p.backward) bytes += p.element_size * p.gates;
+  const double memory = running * columns * static_cast<double>(p.units) * bytes / (device.memory_gbps * 1e3);
+  const double rounds = std::ceil(static_cast<double>(plan.clusters) / static_cast<double>(plan.at_once));
+  return rounds * std::max(alone, memory);
+}
+
+// A plan for that tile and cluster, or one of Tier::kStepwise if it does not fit.
+CudaPlan try_plan(const CudaProblem& p, const CudaDevice& device, int cluster, int octets, int row_tiles, int groups,
+                  Exchange exchange) {
+  CudaPlan plan;
+  plan.cluster = cluster;
+  plan.exchange = exchange;
+  plan.octets = octets;
+  plan.row_tiles = row_tiles;
+  plan.batch_groups = groups;
+  const int64_t all_octets = divide_up(p.units, 8);
+  int64_t depth;
+  if (p.backward) {  // all rows of W^T over the warps; the units of a block are its columns
+    const int64_t warps = divide_up(p.units, int64_t{kMatrixRows} * row_tiles);
+    const int64_t units = 8 * divide_up(all_octets, cluster);
+    constexpr int64_t kElements = int64_t{kElementsOfThread} * kPersistentWarps * 32;
+    if (warps > kPersistentWarps || units * kMatrixColumns * groups > kElements) return {};
+    plan.warps = static_cast<int>(warps);
+    plan.threads = kPersistentWarps * 32;
+    plan.units = static_cast<int>(units);
+    depth = p.gates * units;
+  } else {
+    const int64_t warps = divide_up(all_octets, int64_t{cluster} * octets);
+    if (warps > kPersistentWarps) return {};
+    plan.warps = static_cast<int>(warps);
+    plan.threads = plan.warps * 32;
+    plan.units = static_cast<int>(warps) * octets * 8;
+    depth = p.units;
+  }
+  if (int64_t{plan.units} * (cluster - 1) >= p.units) return {};  // a block without units: a smaller cluster does
+  plan.depth = static_cast<int>(round_up(depth, 16 * kStepsAtOnce));
+  const int steps = plan.depth / 16;
+  plan.register_steps = p.backward ? backward_register_steps(row_tiles, groups)
+                                   : forward_register_steps(p.gates, p.separate, p.saved, octets, groups);
+  plan.shared_steps = std::max(0, steps - plan.register_steps);
+  plan.shared_bytes = shared_bytes_of(plan, p);
+  plan.clusters = p.directions * divide_up(p.batch, int64_t{kMatrixColumns} * groups);
+  plan.at_once = clusters_at_once(cluster, device);
+  constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
+  const int64_t registers = int64_t{255} * plan.threads;
+  if (plan.shared_bytes > device.shared_bytes || plan.at_once < 1 || registers > device.register_words) return {};
+  if (plan.blocks() > kMostBlocks || cluster > device.max_cluster) return {};
+  plan.tier = cluster == 1 ? Tier::kBlock : Tier::kCluster;
+  plan.step_microseconds = predicted_step(plan, p, device);
+  return plan;
+}
+
+}  // namespace
+
+CudaDevice cuda_device(const std::string& name) {
+  if (name == "a100") return {80, 108, 163 << 10, 65536, 1, 1.41, 2039};
+  if (name == "h100") return {90, 132, 227 << 10, 65536, 16, 1.75, 3350};
+  if (name == "h200") return {90, 132, 227 << 10, 65536, 16, 1.75, 4800};
+  if (name == "b200") return {100, 148, 227 << 10, 65536, 16, 1.85, 8000};
+  if (name == "rtx4090") return {89, 128, 99 << 10, 65536, 1, 2.5, 1008};
+  if (name == "rtx5060") return {120, 30, 99 << 10, 65536, 8, 2.5, 448};
+  throw std::invalid_argument("unknown device '" + name + "': a100, h100, h200, b200, rtx4090 or rtx5060");
+}
+
+std::vector<CudaPlan> persistent_plans(const CudaProblem& p, const CudaDevice& device) {
+  std::vector<CudaPlan> plans;
+  // fp32 products have no tensor cores that keep their precision; packed rows and projections come later
+  if (p.element_size != 2 || p.projected || p.packed || p.batch < 1 || p.units < 1 || p.steps < 1) return plans;
+  if (device.capability < 80) return plans;
+  const auto add = [&](int cluster, int octets, int row_tiles, int groups) {
+    const Exchange only = Exchange::kBlock;
+    for (const Exchange exchange : {Exchange::kAsync, Exchange::kClusterBarrier}) {
+      const CudaPlan plan = try_plan(p, device, cluster, octets, row_tiles, groups, cluster == 1 ? only : exchange);
+      if (plan.tier != Tier::kStepwise) plans.push_back(plan);
+      if (cluster == 1) break;
+    }
+  };
+  for (int cluster = 1; cluster <= 16; cluster *= 2) {
+    for (int groups = 1; groups <= 2; ++groups) {
+      if (p.backward && groups == 2) continue;  // not compiled: 16 rows of the batch double what blocks send each other
+      if (p.backward) {
+        for (int row_tiles = 2; row_tiles <= 8; row_tiles *= 2) add(cluster, 0, row_tiles, groups);
+      } else {
+        const int narrow = narrow_octets(p.gates);
+        for (int octets = narrow; octets <= (groups == 1 ? widest_octets(p.gates) : narrow); octets *= 2) {
+          add(cluster, octets, row_tiles_of(p.gates, octets), groups);
+        }
+      }
+    }
+  }
+  std::stable_sort(plans.begin(), plans.end(),
+                   [](const CudaPlan& a, const CudaPlan& b) { return a.step_microseconds < b.step_microseconds; });
+  return plans;
+}
+
+double stepwise_microseconds(const CudaProblem& p, const CudaDevice& device) {
+  const double bytes = static_cast<double>(p.directions) *
+                       (static_cast<double>(p.gates * p.units * p.units * p.element_size) +
+                        static_cast<double>(p.batch * p.units) * 4 * (2 * p.gates + p.saved));
+  return 2 * kLaunchMicroseconds + bytes / (device.memory_gbps * 1e3);
+}
+
+CudaPlan plan_cuda(const CudaProblem& p, const CudaDevice& device, const std::string& wish) {
+  constexpr int kCapability = 90;
+  if (wish == "stepwise") return {};
+  const std::vector<CudaPlan> plans = persistent_plans(p, device);
+  if (wish == "auto") {
+    const bool use = device.capability == kCapability && p.steps > 1 && !plans.empty() &&
+                     plans[0].step_microseconds < stepwise_microseconds(p, device);
+    return use ? plans[0] : CudaPlan{};
+  }
+  const std::string prefix = "persistent";
+  if (wish == prefix) return plans.empty() ? CudaPlan{} : plans[0];
+  const bool digits = wish.size() > prefix.size() + 1 && wish.size() < prefix.size() + 8 &&
+                      wish.find_first_not_of("0123456789", prefix.size() + 1) == std::string::npos;
+  if (!wish.starts_with(prefix + ":") || !digits) {
+    throw std::invalid_argument("FASTRNN_CUDA_PLAN should be auto, stepwise, persistent or persistent:K, got '" + wish +
+                                "'");
+  }
+  const size_t index = std::stoul(wish.substr(prefix.size() + 1));
+  return index < plans.size() ? plans[index] : CudaPlan{};
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,125 @@
+// The choice of algorithm on a GPU: how a persistent scan lies on it, or that none fits. A pure function of the cell, the
+// shape and the device's properties, testable without a GPU. docs/cuda.md explains the tiers and the model.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace fastrnn {
+
+struct CudaDevice {
+  int capability = 0;  // 10 * major + minor
+  int multiprocessors = 0;  //
+  int64_t shared_bytes = 0;  // that one block can ask for
+  int64_t register_words = 65536;  // of a multiprocessor
+  int max_cluster = 1;  // blocks of the largest cluster, non-portable sizes included; 1: no clusters
+  double clock_ghz = 1.0;  //
+  double memory_gbps = 1000;  // GB/s
+};
+
+// Known devices by name, for tables and tests: "a100", "h100", "h200", "b200", "rtx4090", "rtx5060".
+// Throws std::invalid_argument for any other name.
+CudaDevice cuda_device(const std::string& name);
+
+// One direction's scan, forward or backward; the directions of a layer have the same.
+struct CudaProblem {
+  int gates = 1;  // G
+  int separate = 0;  // S
+  int saved = 1;  // columns of the reserve, in units of H
+  int64_t steps = 1;  // T
+  int64_t batch = 1;  // N
+  int64_t units = 1;  // H
+  int directions = 1;  // D
+  int element_size = 2;  // bytes
+  bool projected = false;
+  bool packed = false;
+  bool training = false;  // forward: the reserve is stored
+  bool backward = false;
+};
+
+// How blocks of one cluster exchange what all of them need for the next step.
+enum class Exchange {
+  kBlock,  // one block: its own barrier
+  kAsync,  // remote stores that count themselves in on an mbarrier of the receiver
+  kClusterBarrier,  // remote stores and a barrier of the cluster: the reference
+};
+
+// Who holds the recurrent weights for all T. A third tier, the whole GPU, will be one more value.
+enum class Tier { kStepwise, kBlock, kCluster };
+
+struct CudaPlan {
+  Tier tier = Tier::kStepwise;
+  Exchange exchange = Exchange::kBlock;
+  int cluster = 1;  // blocks
+  int threads = 0;  // of a block
+  int warps = 0;  // of a block, that have products
+  int row_tiles = 0;  // of 16 rows of weights, a warp's
+  int octets = 0;  // groups of 8 units, a warp's (forward)
+  int batch_groups = 1;  // groups of 8 rows of the batch, a cluster's
+  int units = 0;  // of a block
+  int depth = 0;  // of a block's products: columns of weights, zeros included
+  int register_steps = 0;  // 16 columns each, of a warp's weights that registers hold
+  int shared_steps = 0;  // the rest
+  int64_t shared_bytes = 0;  // of a block
+  int64_t clusters = 0;  // of the launch: batch slices times directions
+  int64_t at_once = 0;  // clusters that the device runs at the same time, by its numbers alone
+  double step_microseconds = 0;  // predicted, of one step of all clusters
+
+  int64_t blocks() const { return clusters * cluster; }
+  // uint4 fragments of the packed weights of all directions
+  int64_t fragments(int directions) const {
+    return int64_t{32} * directions * cluster * warps * row_tiles * (register_steps + shared_steps);
+  }
+};
+
+// --- What kernels and plan must agree on ------------------------------------------------------------------------------
+
+constexpr int kPersistentWarps = 8;  // at most: 255 registers a thread, one block a multiprocessor
+constexpr int kElementsOfThread = 4;  // backward: units times rows of the batch of a block, over its threads
+constexpr int kStepsAtOnce = 4;  // k-steps of 16 between two tests for the end of a product
+constexpr int kMatrixRows = 16;  // of an mma
+constexpr int kMatrixColumns = 8;  // of an mma: rows of the batch
+constexpr int kFragmentBytes = 512;  // of weights: 16 rows, 16 columns
+
+// Row tiles that hold all gates of `octets` groups of 8 units: a tile has two halves of 8 rows, one gate of a group each.
+constexpr int row_tiles_of(int gates, int octets) { return (gates * octets + 1) / 2; }
+// The fewest groups whose gates fill whole tiles.
+constexpr int narrow_octets(int gates) { return gates % 2 == 0 ? 1 : 2; }
+// Two groups of units a half tile each give a warp fewer reads of h for the same weights, as far as registers go.
+constexpr int widest_octets(int gates) {
+  return row_tiles_of(gates, 2 * narrow_octets(gates)) <= 4 ? 2 * narrow_octets(gates) : narrow_octets(gates);
+}
+// An mma waits for the one before it that has the same sums: few tiles get two sets.
+constexpr int chains_of(int row_tiles, int batch_groups) { return row_tiles * batch_groups < 4 ? 2 : 1; }
+// k-steps whose fragments stay in registers: what is left of 255 by sums, operands, addresses and the cells of a lane.
+// nvcc says whether it is so (tests/test_cuda_compile.py): a spilled register is an error there.
+constexpr int register_steps_of(int row_tiles, int batch_groups, int of_cells) {
+  constexpr int kAddresses = 72;
+  const int sums = 4 * chains_of(row_tiles, batch_groups) * row_tiles * batch_groups;
+  return (255 - kAddresses - sums - 8 * batch_groups - of_cells) / (4 * row_tiles) / 2 * 2;
+}
+constexpr int forward_register_steps(int gates, int separate, int saved, int octets, int batch_groups) {
+  const int of_cells = octets * (2 * batch_groups * (saved + 4) + gates + separate);
+  return register_steps_of(row_tiles_of(gates, octets), batch_groups, of_cells);
+}
+// Cells and products take turns: nothing of a cell is in registers while sums are.
+constexpr int backward_register_steps(int row_tiles, int batch_groups) {
+  constexpr int kCarried = 24;
+  return register_steps_of(row_tiles, batch_groups, kCarried);
+}
+
+// --- The plan ---------------------------------------------------------------------------------------------------------
+
+// Every way to run a persistent scan on the device, the fastest by the model first; empty: none fits.
+std::vector<CudaPlan> persistent_plans(const CudaProblem& problem, const CudaDevice& device);
+
+// The fastest, stepwise included. `wish`: "auto" (persistent kernels only on the capability that they were written for,
+// and if the model has them faster), "stepwise", "persistent" (wherever one fits), or "persistent:K", the K-th of
+// persistent_plans. Throws std::invalid_argument for anything else.
+CudaPlan plan_cuda(const CudaProblem& problem, const CudaDevice& device, const std::string& wish);
+
+// A step of the loop on the host: two launches, and the weights from memory or L2.
+double stepwise_microseconds(const CudaProblem& problem, const CudaDevice& device);
+
+}  // namespace fastrnn

@@ -1,0 +1,16 @@
+// Scans that one launch runs for all steps, where the plan has one (core/plan_cuda.h). The environment variable
+// FASTRNN_CUDA_PLAN overrides the plan: auto, stepwise, persistent, or persistent:K for the K-th alternative.
+#pragma once
+
+#include "cuda/persistent.h"
+#include "ops/stepwise.h"
+
+namespace fastrnn {
+
+// Runs the scan of both directions and returns true; false if the step-by-step loop has to do it.
+bool run_persistent(CellKind kind, Storage storage, const Gpu& gpu, const Layout& layout, bool packed,
+                    const Tensors& weights, const StepForward& params, int64_t step_stride);
+bool run_persistent(CellKind kind, Storage storage, const Gpu& gpu, const Layout& layout, bool packed,
+                    const Tensors& weights, const StepBackward& params, int64_t step_stride);
+
+}  // namespace fastrnn

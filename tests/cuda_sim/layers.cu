@@ -1,0 +1,105 @@
+// The persistent scans of two cells in bf16 and their packing, as a program: whole layers without the GEMMs around the scan,
+// small enough for ThreadSanitizer.
+#include "core/plan_cuda.cpp"
+#include "persistent_backward.cuh"
+#include "persistent_forward.cuh"
+#include "persistent_launch.cuh"
+#include "persistent_pack.cu"
+#include "program.h"
+
+namespace {
+
+using fastrnn::CellKind;
+using fastrnn::CudaPlan;
+using fastrnn::CudaProblem;
+using fastrnn::StepTable;
+using gpu::bf16;
+using program::Case;
+
+void* optional(const Case& c, const char* name) { return c.has(name) ? c.array<void>(name) : nullptr; }
+
+StepTable table_of(const Case& c) {
+  StepTable table;
+  table.steps = c.number("steps");
+  table.batch = c.number("batch");
+  table.total = table.steps * table.batch;
+  table.batch_stride = 1;
+  table.lengths = static_cast<const int64_t*>(optional(c, "lengths"));
+  table.reset = static_cast<const bool*>(optional(c, "reset"));
+  table.reset_step_stride = table.batch;
+  table.reset_batch_stride = 1;
+  table.directions = c.number("directions");
+  return table;
+}
+
+// The fastest plan with that many blocks in a cluster and that exchange.
+CudaPlan plan_of(const Case& c, bool backward) {
+  const fastrnn::CellTraits& cell = fastrnn::traits(static_cast<CellKind>(c.number("kind")));
+  const CudaProblem problem{.gates = cell.gates,
+                            .separate = cell.separate,
+                            .saved = cell.saved,
+                            .steps = c.number("steps"),
+                            .batch = c.number("batch"),
+                            .units = c.number("units"),
+                            .directions = c.number("directions"),
+                            .training = true,
+                            .backward = backward};
+  for (const CudaPlan& plan : fastrnn::persistent_plans(problem, fastrnn::cuda_device("h200"))) {
+    const bool tile = backward ? plan.row_tiles == 2 : plan.batch_groups == 1 && plan.octets <= 2 && plan.row_tiles < 4;
+    if (plan.cluster == c.number("cluster") && static_cast<int>(plan.exchange) == c.number("exchange") && tile)
+      return plan;
+  }
+  throw std::runtime_error("no such plan");
+}
+
+template <class Cell>
+void layer(const Case& c) {
+  const int gates = Cell::kGates, directions = c.number("directions");
+  const int64_t units = c.number("units");
+  fastrnn::PersistentScan scan;
+  for (int d = 0; d < directions; ++d) scan.weights[d] = c.array<bf16>("w_hh") + d * gates * units * units;
+  scan.packed = c.array<void>("packed");
+  scan.step_stride = c.number("batch");
+
+  fastrnn::StepForward f;
+  f.table = table_of(c);
+  f.units = f.outputs = units;
+  f.save = true;
+  f.gates = c.array<void>("gates");
+  f.gates_stride = c.number("columns");
+  f.h0 = optional(c, "h0");
+  f.c0 = optional(c, "c0");
+  f.output = c.array<void>("output");
+  f.h_n = c.array<void>("h_n");
+  f.c_n = optional(c, "c_n");
+  scan.plan = plan_of(c, false);
+  fastrnn::pack_weights(scan, false, gates, units, directions, nullptr);
+  const fastrnn::PersistentForward forward{f, scan.plan, static_cast<const uint4*>(scan.packed), scan.step_stride};
+  fastrnn::launch_scan(fastrnn::persistent_forward_kernel<Cell, bf16, fastrnn::narrow_octets(Cell::kGates), 1>,
+                       scan.plan, directions, nullptr, forward);
+
+  fastrnn::StepBackward b;
+  b.table = f.table;
+  b.units = b.outputs = units;
+  b.reserve = f.gates;
+  b.reserve_stride = f.gates_stride;
+  b.output = f.output;
+  b.h0 = f.h0;
+  b.c0 = f.c0;
+  b.grad_output = c.array<void>("grad_output");
+  b.carry = c.array<void>("carry");
+  b.grad_gates = c.array<void>("grad_gates");
+  b.grad_recurrent = optional(c, "grad_recurrent");
+  b.grad_first = c.array<void>("grad_first");
+  b.previous = c.array<void>("previous");
+  scan.plan = plan_of(c, true);
+  fastrnn::pack_weights(scan, true, gates, units, directions, nullptr);
+  const fastrnn::PersistentBackward backward{b, scan.plan, static_cast<const uint4*>(scan.packed), scan.step_stride};
+  fastrnn::launch_scan(fastrnn::persistent_backward_kernel<Cell, bf16, 2, 1>, scan.plan, directions, nullptr, backward);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return program::run(argc, argv, {{"lstm", layer<fastrnn::LstmCell<>>}, {"gru", layer<fastrnn::GruCell<>>}});
+}

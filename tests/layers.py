@@ -1,0 +1,145 @@
+"""The cases of tests/cuda_sim/layers.cu, what must come out, and the faults that are planted in the kernels."""
+
+import shutil
+from pathlib import Path
+
+import cuda_programs
+import numpy as np
+import torch
+from cuda_programs import ROOT, SIM, Case, from_bf16, to_bf16
+
+from fastrnn import reference
+
+SAVED = {"lstm": 5, "gru": 4}
+BLOCK, ASYNC, CLUSTER_BARRIER = range(3)  # as Exchange
+
+
+def layer_case(cell, steps=5, batch=3, units=20, directions=1, cluster=2, exchange=ASYNC, lengths=None, resets=False):
+    random = np.random.default_rng(0)
+    gates, rows, columns = reference.CELLS[cell].gates * units, steps * batch, SAVED[cell] * units
+
+    def normal(*shape):
+        return to_bf16(random.standard_normal(shape).astype(np.float32))
+
+    def nothing(*shape):
+        return np.full(shape, 0xFFFF, np.uint16)  # NaN
+
+    projection = np.full((directions, rows, columns), np.nan, np.float32)
+    projection[..., :gates] = random.standard_normal((directions, rows, gates))
+    arrays = {
+        "w_hh": to_bf16(random.standard_normal((directions, gates, units)) * units**-0.5),
+        "packed": np.zeros(1 << 20, np.uint8),
+        "gates": projection,
+        "h0": normal(directions, batch, units),
+        "output": nothing(rows, directions * units),
+        "h_n": nothing(directions, batch, units),
+        "grad_output": normal(rows, directions * units),
+        "carry": np.zeros((directions, batch, units), np.float32),
+        "grad_gates": nothing(directions, rows, gates),
+        "grad_first": np.zeros((directions, batch, gates), np.uint16),
+        "previous": nothing(directions, rows, units),
+        "reset": random.random((steps, batch)) < (0.4 if resets else 0.0),
+    }
+    if cell == "lstm":
+        arrays["c0"], arrays["c_n"] = normal(directions, batch, units), nothing(directions, batch, units)
+    else:
+        arrays["grad_recurrent"] = nothing(directions, rows, gates)
+    if lengths is not None:
+        arrays["lengths"] = np.array(lengths, np.int64)
+    numbers = {"kind": list(reference.CELLS).index(cell), "steps": steps, "batch": batch, "units": units}
+    numbers |= {"directions": directions, "columns": columns, "cluster": cluster, "exchange": exchange}
+    return Case(cell, arrays, numbers)
+
+
+def expected(case):
+    """Outputs and the gradients of both projections in float64, h rounded where the tensor cores read it."""
+    cell, a = case.entry, case.arrays
+    steps, batch, units, directions = (case.numbers[name] for name in ("steps", "batch", "units", "directions"))
+    spec = reference.CELLS[cell]
+    width = spec.gates * units
+
+    def numbers(name):
+        return torch.from_numpy(from_bf16(a[name])).double()
+
+    lengths = a.get("lengths", np.full(batch, steps))
+    output = torch.zeros(steps, batch, directions, units, dtype=torch.float64)
+    found = {"h_n": torch.zeros(directions, batch, units, dtype=torch.float64)}
+    found["grad_gates"] = torch.zeros(directions, steps, batch, width, dtype=torch.float64)
+    found["grad_recurrent"] = torch.zeros_like(found["grad_gates"])
+    if cell == "lstm":
+        found["c_n"] = torch.zeros_like(found["h_n"])
+    upstream = numbers("grad_output").reshape(steps, batch, directions, units)
+    for d in range(directions):
+        inputs = torch.from_numpy(a["gates"]).double()[d, :, :width].reshape(steps, batch, width)
+        weights = numbers("w_hh")[d]
+        for n in range(batch):
+            length = int(lengths[n])
+            states, loss, visited = tuple(numbers(name)[d, n] for name in ("h0", "c0")[: spec.states]), 0.0, []
+            for t in range(length) if d == 0 else range(length - 1, -1, -1):
+                if a["reset"][t, n] if d == 0 else t + 1 < length and a["reset"][t + 1, n]:
+                    states = tuple(torch.zeros_like(state) for state in states)
+                x = inputs[t, n].clone().requires_grad_()
+                rounded = states[0] + (states[0].bfloat16().double() - states[0]).detach()
+                product = weights @ rounded
+                h = torch.zeros_like(product).requires_grad_()
+                states = spec.step(x, product + h, states)
+                visited.append((t, x, h))
+                output[t, n, d] = states[0].detach()
+                loss = loss + (states[0] * upstream[t, n, d]).sum()
+            for name, state in zip(("h_n", "c_n"), states, strict=False):
+                found[name][d, n] = state.detach()
+            if visited:
+                gradients = torch.autograd.grad(loss, [tensor for _, x, h in visited for tensor in (x, h)])
+                for (t, _, _), of_x, of_h in zip(visited, gradients[::2], gradients[1::2], strict=True):
+                    found["grad_gates"][d, t, n], found["grad_recurrent"][d, t, n] = of_x, of_h
+    found["output"] = output.reshape(steps * batch, directions * units)
+    for name in ("grad_gates", "grad_recurrent"):
+        found[name] = found[name].reshape(directions, steps * batch, width)
+    if cell == "lstm":
+        del found["grad_recurrent"]
+    return {name: tensor.numpy() for name, tensor in found.items()}
+
+
+def check_layer(case, arrays):
+    """Within two units in the last place of bfloat16 a step, of the largest value: what rounding may add up to."""
+    for name, oracle in expected(case).items():
+        bound = 2 * case.numbers["steps"] * 2.0**-8 * np.abs(oracle).max()
+        np.testing.assert_allclose(from_bf16(arrays[name]), oracle, rtol=0, atol=bound, err_msg=name)
+
+
+LAYERS = [
+    layer_case("lstm"),
+    layer_case("gru", directions=2, lengths=[5, 0, 3], resets=True),
+    layer_case("lstm", cluster=1, exchange=BLOCK, directions=2),
+    layer_case("gru", steps=3, cluster=2, exchange=CLUSTER_BARRIER),
+    layer_case("lstm", steps=3, batch=9, units=30, cluster=4, lengths=[3, 1, 2, 3, 0, 3, 2, 1, 3]),
+    layer_case("lstm", units=64),  # backward, a warp of each block has nothing for its own
+]
+
+# A line of a kernel, what takes its place, and a case in which that shows.
+FAULTS = {
+    "no wait forward": ("persistent_forward.cuh", "turn.wait(s + 1);", "", 0),
+    "no wait backward": ("persistent_backward.cuh", "turn.wait(s + 1);", "", 0),
+    "one buffer of h": ("persistent_forward.cuh", "T* const next = h + (s + 1) % 2 *", "T* const next = h + s % 2 *", 0),  # noqa: E501
+    "one inbox": ("persistent_backward.cuh", "float* const place = inbox + (s + 1) % 2 *", "float* const place = inbox + s % 2 *", 0),  # noqa: E501
+    "one operand": ("persistent_backward.cuh", "T* const own_gates = operand + s % 2 *", "T* const own_gates = operand + 0 *", 5),  # noqa: E501
+    "no block barrier": ("persistent_backward.cuh", "gpu::syncthreads();", "", 0),
+    "blocks do not begin together": ("persistent.cuh", "gpu::cluster_sync();", "gpu::syncthreads();", 0),
+    "no barrier of one block": ("persistent.cuh", "void wait(int64_t s) const {\n    if (exchange_ == Exchange::kBlock) {\n      gpu::syncthreads();", "void wait(int64_t s) const {\n    if (exchange_ == Exchange::kBlock) {", 2),  # noqa: E501
+    "no cluster barrier": ("persistent.cuh", "    } else {\n      gpu::cluster_wait();", "    } else {", 3),
+    "wrong parity": ("persistent.cuh", "(s - 1) / 2 % 2", "s / 2 % 2", 0),
+    "too few bytes": ("persistent_forward.cuh", "arriving = static_cast<unsigned>(", "arriving = static_cast<unsigned>(-16 + ", 0),  # noqa: E501
+}  # fmt: skip
+
+
+def faulty_program(fault, folder: Path, sanitizer: str = "") -> Path:
+    """The program with one fault in it, from a copy of the sources."""
+    name, line, instead, _ = FAULTS[fault]
+    for part in ("core", "cuda"):
+        shutil.copytree(ROOT / "csrc" / part, folder / part)
+    text = (folder / "cuda" / name).read_text(encoding="utf-8")
+    assert text.count(line) == 1, f"{name} has no such line, or several: {line}"
+    (folder / "cuda" / name).write_text(text.replace(line, instead), encoding="utf-8")
+    source = folder / "cuda" / "layers.cu"  # beside the headers: those come first
+    shutil.copy(SIM / "layers.cu", source)
+    return cuda_programs.emulated(source, sanitizer)
