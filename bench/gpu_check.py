@@ -35,12 +35,13 @@ from torch import nn
 
 from bench import timing
 from bench.cases import GATES
-from bench.layers import CLASSES, load_fastrnn
+from bench.layers import CLASSES, DisagreementError, load_fastrnn
 from bench.report import commit, geomean
 
-STAGES = ("environment", "build", "test", "sanitize", "benchmark")
-# Seconds; the benchmark gets what is left.
+STAGES = ("environment", "build", "test", "sanitize", "benchmark", "persistent")
+# Seconds; the two benchmarks get what is left, the first of them this part of it.
 LIMITS = {"environment": 30.0, "build": 210.0, "test": 120.0, "sanitize": 60.0}
+BENCHMARK_SHARE = 0.6
 TOTAL = 525.0
 CLOSING = 10.0  # kept for the table
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -189,7 +190,17 @@ def test(plumbing: Plumbing, arguments: argparse.Namespace) -> dict[str, Any]:
     """The CUDA tests, gpu.h's functions against their emulated twins among them."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-x"]
     if plumbing.gpu:
-        _run([*pytest[:-1], "-m", "cuda", "--maxfail=20", "tests/test_cuda.py", "tests/test_cuda_sim.py"])
+        _run(
+            [
+                *pytest[:-1],
+                "-m",
+                "cuda",
+                "--maxfail=20",
+                "tests/test_cuda.py",
+                "tests/test_cuda_persistent.py",
+                "tests/test_cuda_sim.py",
+            ]
+        )
     else:
         _run([*pytest, "tests/test_cuda.py", "-k", "test_cells or test_autocast"])
     return {}
@@ -242,31 +253,40 @@ def _run(command: list[str], **environment: str) -> None:
 
 
 def benchmark(plumbing: Plumbing, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every case, ours and torch.nn's in turn; one line of JSON a row, written at once."""
+    """Every case with the stepwise kernels, which take all of them."""
+    result = _measure_all(plumbing, arguments, "stepwise", lambda case: True)
+    if arguments.only == "*" and "single-step" not in {row["name"] for row in read_rows(arguments.out)}:
+        for row in single_steps(plumbing):
+            append_row(arguments.out, row)
+    return result
+
+
+def persistent(plumbing: Plumbing, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The 16-bit cases once more, by the plan; a stage apart, since a kernel that stops ends the process's use of a GPU."""
+    return _measure_all(plumbing, arguments, "auto", lambda case: case.dtype != "fp32")
+
+
+def _measure_all(
+    plumbing: Plumbing, arguments: argparse.Namespace, plan: str, wanted: Callable[[Case], bool]
+) -> dict[str, Any]:
+    """Ours and torch.nn's in turn; one line of JSON a row, written at once."""
+    os.environ["FASTRNN_CUDA_PLAN"] = plan
     chosen = [case for case in (cases() if plumbing.gpu else tiny_cases()) if fnmatchcase(case.name, arguments.only)]
-    rows = arguments.out / "rows.jsonl"
-    done = {row["name"] for row in read_rows(arguments.out)} if arguments.resume else set()
-    if not arguments.resume:
-        rows.unlink(missing_ok=True)
+    chosen = [case for case in chosen if wanted(case)]
+    done = {row["name"] for row in read_rows(arguments.out) if row.get("plan") == plan}
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, for both
     end = time.monotonic() + arguments.seconds
-    with _place(plumbing), rows.open("a") as file:
+    with _place(plumbing):
         for case in chosen:
             if case.name in done or time.monotonic() > end:
                 continue
             try:
                 row = measure(case, plumbing)
-            except torch.cuda.OutOfMemoryError as error:
+            except (torch.cuda.OutOfMemoryError, DisagreementError) as error:
                 row = {"error": str(error).splitlines()[0]}
-            row = {"name": case.name, **asdict(case), **row}
-            file.write(json.dumps(row) + "\n")
-            file.flush()
+            append_row(arguments.out, {"name": case.name, "plan": plan, **asdict(case), **row})
             print(case.name, row.get("ratio", row.get("error")), flush=True)
-        if arguments.only == "*" and "single-step" not in done and time.monotonic() < end:
-            for row in single_steps(plumbing):
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-    return {"rows": len(read_rows(arguments.out)), "of": len(chosen)}
+    return {"rows": sum(row.get("plan") == plan for row in read_rows(arguments.out)), "of": len(chosen)}
 
 
 def _place(plumbing: Plumbing) -> Any:
@@ -291,7 +311,7 @@ def measure(case: Case, plumbing: Plumbing) -> dict[str, Any]:
         expected, found = theirs(input)[0].float(), ours(input)[0].float()
         error = ((found - expected).abs().max() / expected.abs().max()).item()
     if not error <= TOLERANCES[case.dtype]:
-        raise AssertionError(f"{case.name}: off by {error:.3g} of the largest output")
+        raise DisagreementError(f"{case.name}: off by {error:.3g} of the largest output")
 
     def step(net: nn.Module) -> Callable[[], object]:
         def forward() -> object:
@@ -394,6 +414,12 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+def append_row(out: Path, row: dict[str, Any]) -> None:
+    """Add a row to those on disk."""
+    with (out / "rows.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
 def save(out: Path, report: dict[str, Any]) -> None:
     """Write the raw results, whole or not at all."""
     report["rows"] = read_rows(out)
@@ -417,7 +443,7 @@ def markdown(report: dict[str, Any]) -> str:
     for row in rows:
         step, graph = row["per_step"], row["graph_ratio"]
         lines.append(
-            f"| {row['name']} | {step['cudnn']:.2f} | {step['fastrnn']:.2f} | {step.get('graph', float('nan')):.2f} "
+            f"| {row['name']} {row['plan']} | {step['cudnn']:.2f} | {step['fastrnn']:.2f} | {step.get('graph', float('nan')):.2f} "
             f"| {row['ratio']:.2f} | {'-' if graph is None else f'{graph:.2f}'} | {row['scan_ratio']:.2f} "
             f"| {step['fastrnn'] / row['floor_per_step']:.1f} |"
         )
@@ -426,7 +452,7 @@ def markdown(report: dict[str, Any]) -> str:
         groups: dict[str, list[float]] = {}
         for row in rows:
             if row[key]:
-                groups.setdefault(f"{row['cell']} {row['dtype']} {row['mode']}", []).append(row[key])
+                groups.setdefault(f"{row['plan']}, {row['cell']} {row['dtype']} {row['mode']}", []).append(row[key])
         lines += [f"geomean {what}: {name} {geomean(ratios):.2f} ({len(ratios)})" for name, ratios in groups.items()]
     for row in report["rows"]:
         if row["grid"] == "single-step":
@@ -487,11 +513,13 @@ def main() -> int:
     begin = time.monotonic()
     report: dict[str, Any] = {"stages": {}}
     earlier = arguments.out / "gpu_check.json"
+    if not arguments.resume:
+        (arguments.out / "rows.jsonl").unlink(missing_ok=True)
     if arguments.resume and earlier.exists():
         report = json.loads(earlier.read_text())
     for name in wanted:
         finished = report["stages"].get(name, {}).get("status") == "passed"
-        if arguments.resume and finished and name not in ("environment", "benchmark"):
+        if arguments.resume and finished and name not in ("environment", "benchmark", "persistent"):
             continue
         left = arguments.total - (time.monotonic() - begin) - CLOSING
         if left < 5:
@@ -500,7 +528,8 @@ def main() -> int:
         if name != "build" and report["stages"].get("build", {}).get("status", "passed") != "passed":
             report["stages"][name] = {"status": "not run: the build failed", "seconds": 0.0}
             continue
-        report["stages"][name] = run_stage(name, min(LIMITS.get(name, left), left), arguments)
+        share = BENCHMARK_SHARE * left if name == "benchmark" and "persistent" in wanted else left
+        report["stages"][name] = run_stage(name, min(LIMITS.get(name, share), left), arguments)
         save(arguments.out, report)
     save(arguments.out, report)
     print(markdown(report))

@@ -39,19 +39,20 @@ def test_stages_and_resume(tmp_path):
     assert set(row["microseconds"]) == {"cudnn", "fastrnn", "projection"}
     assert 0 < row["difference"] < 1e-5 or row["difference"] == 0
 
-    again = check(tmp_path, "--stages", "environment,build,benchmark", "--only", "tiny/*", "--resume")
+    again = check(tmp_path, "--stages", "environment,build,benchmark,persistent", "--only", "tiny/*", "--resume")
     assert again.returncode == 0, again.stdout + again.stderr
     assert "build:" not in again.stdout.splitlines()[1]  # it had passed
     report = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert len(report["rows"]) == 3
+    plans = [row["plan"] for row in report["rows"]]
+    assert plans == ["stepwise"] * 3 + ["auto"] * 2
     assert report["rows"][0] == row  # not measured twice
     assert "| tiny/lstm-bf16-N3-T4-I5-H7-forward |" in again.stdout
 
 
 def test_what_was_measured_survives(tmp_path):
     """A stage without time, or that fails, is said to be so, and takes nothing from the others."""
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"name": "an earlier row", "grid": "x"}) + "\n")
-    done = check(tmp_path, "--stages", "environment,test", "--total", "1")
+    gpu_check.append_row(tmp_path, {"name": "an earlier row", "grid": "x"})
+    done = check(tmp_path, "--stages", "environment,test", "--total", "1", "--resume")
     assert done.returncode == 1
     report = json.loads((tmp_path / "gpu_check.json").read_text())
     assert {stage["status"] for stage in report["stages"].values()} == {"no time left"}
@@ -71,7 +72,7 @@ def test_a_stage_that_hangs_is_stopped(tmp_path, monkeypatch):
 def test_unknown_stage(tmp_path):
     done = check(tmp_path, "--stages", "tests")
     assert done.returncode == 2
-    assert "no stage tests: there are environment, build, test, sanitize, benchmark" in done.stderr
+    assert "no stage tests: there are environment, build, test, sanitize, benchmark, persistent" in done.stderr
 
 
 def test_cases():

@@ -7,6 +7,8 @@
 namespace fastrnn {
 namespace {
 
+constexpr const char* kDefaultWish = "stepwise";  // "auto" once the persistent kernels have run on a GPU
+
 CudaPlan plan_of(CellKind kind, Storage storage, const CudaDevice& device, const StepTable& table, int64_t units,
                  bool projected, bool packed, bool training, bool backward) {
   const CellTraits& cell = traits(kind);
@@ -26,7 +28,7 @@ CudaPlan plan_of(CellKind kind, Storage storage, const CudaDevice& device, const
       .backward = backward,
   };
   const char* wish = std::getenv("FASTRNN_CUDA_PLAN");
-  return plan_cuda(problem, device, wish == nullptr ? "auto" : wish);
+  return plan_cuda(problem, device, wish == nullptr ? kDefaultWish : wish);
 }
 
 // The scan's packed weights live in `memory`.

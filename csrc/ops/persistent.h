@@ -1,5 +1,5 @@
 // Scans that one launch runs for all steps, where the plan has one (core/plan_cuda.h). The environment variable
-// FASTRNN_CUDA_PLAN overrides the plan: auto, stepwise, persistent, or persistent:K for the K-th alternative.
+// FASTRNN_CUDA_PLAN chooses: stepwise (the default), auto, persistent, or persistent:K for the K-th alternative.
 #pragma once
 
 #include "cuda/persistent.h"
