@@ -262,7 +262,7 @@ def benchmark(plumbing: Plumbing, arguments: argparse.Namespace) -> dict[str, An
 
 
 def persistent(plumbing: Plumbing, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The 16-bit cases once more, by the plan; a stage apart, since a kernel that stops ends the process's use of a GPU."""
+    """The 16-bit cases once more, by the plan; a stage apart, for a kernel that stops ends a process's use of a GPU."""
     return _measure_all(plumbing, arguments, "auto", lambda case: case.dtype != "fp32")
 
 
@@ -443,8 +443,8 @@ def markdown(report: dict[str, Any]) -> str:
     for row in rows:
         step, graph = row["per_step"], row["graph_ratio"]
         lines.append(
-            f"| {row['name']} {row['plan']} | {step['cudnn']:.2f} | {step['fastrnn']:.2f} | {step.get('graph', float('nan')):.2f} "
-            f"| {row['ratio']:.2f} | {'-' if graph is None else f'{graph:.2f}'} | {row['scan_ratio']:.2f} "
+            f"| {row['name']} {row['plan']} | {step['cudnn']:.2f} | {step['fastrnn']:.2f} "
+            f"| {step.get('graph', float('nan')):.2f} | {row['ratio']:.2f} | {'-' if graph is None else f'{graph:.2f}'} | {row['scan_ratio']:.2f} "
             f"| {step['fastrnn'] / row['floor_per_step']:.1f} |"
         )
     lines.append("")

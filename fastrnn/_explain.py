@@ -87,8 +87,7 @@ def explain(
         lines += _plans(module, cell, input, data, lengths)
     elif data.is_cuda:
         stepwise = "stepwise, a matrix product and a pointwise kernel for each step"
-        persistent = "a persistent scan where the plan has one (docs/cuda.md), else "
-        lines.append("kernels: " + (persistent if data.dtype in (torch.float16, torch.bfloat16) else "") + stepwise)
+        lines.append(f"kernels: {stepwise}; FASTRNN_CUDA_PLAN chooses others for 16 bit (docs/cuda.md)")
     return "\n".join(lines)
 
 
