@@ -444,7 +444,8 @@ def markdown(report: dict[str, Any]) -> str:
         step, graph = row["per_step"], row["graph_ratio"]
         lines.append(
             f"| {row['name']} {row['plan']} | {step['cudnn']:.2f} | {step['fastrnn']:.2f} "
-            f"| {step.get('graph', float('nan')):.2f} | {row['ratio']:.2f} | {'-' if graph is None else f'{graph:.2f}'} | {row['scan_ratio']:.2f} "
+            f"| {step.get('graph', float('nan')):.2f} | {row['ratio']:.2f} "
+            f"| {'-' if graph is None else f'{graph:.2f}'} | {row['scan_ratio']:.2f} "
             f"| {step['fastrnn'] / row['floor_per_step']:.1f} |"
         )
     lines.append("")
