@@ -221,7 +221,11 @@ def _save(net):
     return torch.load(buffer, weights_only=False)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net)), _save], ids=str)
+def _pickle(net):
+    return pickle.loads(pickle.dumps(net))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, _pickle, _save])
 @parametrize(small(num_layers=2, bidirectional=True))
 def test_copies(case, copied, backend):
     net = module(case)
