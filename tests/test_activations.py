@@ -98,7 +98,9 @@ def worst_ulp(found, exact, dtype):
     return worst
 
 
-@pytest.mark.parametrize("capability", ["avx512", "avx2", "default"])
+@pytest.mark.parametrize(
+    "capability", ["avx512", *(pytest.param(n, marks=pytest.mark.slow) for n in ("avx2", "default"))]
+)
 def test_error_over_the_whole_range(capability, native, exact, tmp_path):
     order = ("default", "avx2", "avx512")
     if order.index(capability) > order.index(native.cpu_capability()):

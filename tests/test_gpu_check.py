@@ -46,7 +46,7 @@ def test_stages_and_resume(tmp_path):
     plans = [row["plan"] for row in report["rows"]]
     assert plans == ["stepwise"] * 3 + ["auto"] * 2
     assert report["rows"][0] == row  # not measured twice
-    assert "| tiny/lstm-bf16-N3-T4-I5-H7-forward |" in again.stdout
+    assert "| tiny/lstm-bf16-N3-T4-I5-H7-forward stepwise |" in again.stdout
 
 
 def test_what_was_measured_survives(tmp_path):

@@ -262,7 +262,7 @@ def test_infinite_input_saturates_as_in_the_module(weight_dtype, backend):
 SELECTED = "not python and (numbers or bfloat16 or int8 or float64 or infinite)"
 
 
-@pytest.mark.parametrize("capability", ["avx2", "default"])
+@pytest.mark.parametrize("capability", [pytest.param("avx2", marks=pytest.mark.slow), "default"])
 def test_other_instruction_sets(capability, native):
     """The tests of the numbers again, where the library is told to use less than the machine has."""
     order = ("default", "avx2", "avx512")
