@@ -61,7 +61,7 @@ PROGRAMS = [
 ]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("source, cases, check", PROGRAMS, ids=[source.stem for source, _, _ in PROGRAMS])
 def test_no_race(source, cases, check, seed, tmp_path):
     results = cuda_programs.run(cuda_programs.emulated(source, "thread"), cases, tmp_path, seed)
