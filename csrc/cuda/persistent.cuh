@@ -11,6 +11,15 @@
 
 namespace fastrnn {
 
+// What a kernel gets; Step is StepForward or StepBackward.
+template <class Step>
+struct PersistentParams {
+  Step step;
+  CudaPlan plan;
+  const uint4* packed;  // [D, cluster, warps, steps, row_tiles, 32 lanes]
+  int64_t step_stride;
+};
+
 // The value type of the cells here: float32, with exp2 and reciprocal of the hardware (relative error about 2^-22) where
 // the standard library's functions would be the longest part of a step.
 struct Fast {

@@ -14,12 +14,7 @@
 
 namespace fastrnn {
 
-struct PersistentBackward {
-  StepBackward step;
-  CudaPlan plan;
-  const uint4* packed;  // [D, cluster, warps, steps, row_tiles, 32 lanes]
-  int64_t step_stride;
-};
+using PersistentBackward = PersistentParams<StepBackward>;
 
 template <int kTiles, int kGroups>
 inline constexpr int kBackwardSteps = backward_register_steps(kTiles, kGroups);

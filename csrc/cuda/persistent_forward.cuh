@@ -14,12 +14,7 @@
 
 namespace fastrnn {
 
-struct PersistentForward {
-  StepForward step;
-  CudaPlan plan;
-  const uint4* packed;  // [D, cluster, warps, steps, row_tiles, 32 lanes]
-  int64_t step_stride;
-};
+using PersistentForward = PersistentParams<StepForward>;
 
 // Elements of one lane: kOctets units, 2 * kGroups rows of the batch.
 template <class Cell, class T, int kOctets, int kGroups>

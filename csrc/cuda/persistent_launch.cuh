@@ -2,9 +2,9 @@
 #pragma once
 
 #include <stdexcept>
+#include <type_traits>
 
-#include "gpu.h"
-#include "persistent.h"
+#include "persistent.cuh"
 
 namespace fastrnn {
 
@@ -22,11 +22,31 @@ bool can_run(void (*kernel)(P), const CudaPlan& plan) {
   }
 }
 
-template <class P>
-void launch_scan(void (*kernel)(P), const CudaPlan& plan, int directions, void* stream, const P& params) {
+// One scan: its weights packed, then its launch.
+template <class Step>
+void run_scan(void (*kernel)(PersistentParams<Step>), int gates, const Step& step, const PersistentScan& scan,
+              void* stream) {
+  constexpr bool kBackward = std::is_same_v<Step, StepBackward>;
+  const CudaPlan& plan = scan.plan;
+  const int directions = step.table.directions;
+  pack_weights(scan, kBackward, gates, step.units, directions, stream);
+  const PersistentParams<Step> params{step, plan, static_cast<const uint4*>(scan.packed), scan.step_stride};
   const dim3 grid(static_cast<unsigned>(plan.blocks() / directions), static_cast<unsigned>(directions));
   gpu::launch_cluster(static_cast<unsigned>(plan.cluster), kernel, grid, dim3(plan.threads),
                       static_cast<size_t>(plan.shared_bytes), static_cast<cudaStream_t>(stream), params);
+}
+
+// The kernel of a cell and a 16-bit type: Kernels::of<Cell, T>(plan), a Kernels::Kernel.
+template <class Kernels, class T, class... Cells>
+typename Kernels::Kernel kernel_among(CellKind kind, const CudaPlan& plan, CellList<Cells...>) {
+  using Choose = typename Kernels::Kernel (*)(const CudaPlan&);
+  static constexpr Choose kChoose[] = {Kernels::template of<Cells, T>...};
+  return kChoose[static_cast<int>(kind)](plan);
+}
+template <class Kernels>
+typename Kernels::Kernel choose_kernel(CellKind kind, Storage storage, const CudaPlan& plan) {
+  return storage == Storage::kHalf ? kernel_among<Kernels, __half>(kind, plan, AllCells())
+                                   : kernel_among<Kernels, __nv_bfloat16>(kind, plan, AllCells());
 }
 
 }  // namespace fastrnn

@@ -38,39 +38,48 @@ GPU_FN void for_elements(const StepTable& table, int64_t columns, const F& f) {
   }
 }
 
-template <class T>
-struct ForwardElement {
-  using A = Accumulation<T>;
-  const StepForward& p;
+// One row of the batch in one step of one direction.
+struct StepRow {
+  const StepTable& table;
   int d;
   int64_t n, t, row;
   bool reverse;
   Sequence sequence;
 
-  GPU_FN ForwardElement(const StepForward& params, int direction, int64_t batch_row)
-      : p(params),
+  GPU_FN StepRow(const StepTable& steps, int direction, int64_t batch_row)
+      : table(steps),
         d(direction),
         n(batch_row),
-        t(params.table.step[direction].t),
-        row(params.table.row(direction, batch_row)),
+        t(steps.step[direction].t),
+        row(steps.row(direction, batch_row)),
         reverse(direction == 1),
-        sequence(params.table.sequence(direction, batch_row)) {}
+        sequence(steps.sequence(direction, batch_row)) {}
 
   GPU_FN bool valid() const { return t < sequence.length; }
-  GPU_FN int64_t of_batch(int64_t width, int64_t j) const { return (d * p.table.batch + n) * width + j; }
-  // Of a tensor [rows, D*width].
-  GPU_FN int64_t of_rows(int64_t width, int64_t j) const {
-    return ((row - d * p.table.total) * p.table.directions + d) * width + j;
+  // Is this step's state the final one?
+  GPU_FN bool last() const { return sequence.last(t, reverse); }
+  // Does it flow into another step? There is no reset to look at beyond the row's end.
+  GPU_FN bool flows_on() const { return valid() && !last() && sequence.flows(reverse ? t - 1 : t + 1, reverse); }
+  // Of a tensor [D, N, width].
+  GPU_FN int64_t of_batch(int64_t width, int64_t j) const { return (d * table.batch + n) * width + j; }
+  // Of a tensor [rows, D*width], at row r of this direction.
+  GPU_FN int64_t of_rows(int64_t r, int64_t width, int64_t j) const {
+    return ((r - d * table.total) * table.directions + d) * width + j;
   }
-  // Does this step's state flow into another one? Of a valid step only: there is no reset beyond the last.
-  GPU_FN bool flows_on() const {
-    return !sequence.last(t, reverse) && sequence.flows(reverse ? t - 1 : t + 1, reverse);
-  }
+};
+
+template <class T>
+struct ForwardElement : StepRow {
+  using A = Accumulation<T>;
+  const StepForward& p;
+
+  GPU_FN ForwardElement(const StepForward& params, int direction, int64_t batch_row)
+      : StepRow(params.table, direction, batch_row), p(params) {}
 
   // h_t of a valid step: to the output, to the final state, into the next step.
   GPU_FN void emit(int64_t j, A h) const {
-    store<T>(p.output, of_rows(p.outputs, j), h);
-    if (sequence.last(t, reverse)) {
+    store<T>(p.output, of_rows(row, p.outputs, j), h);
+    if (last()) {
       store<T>(p.h_n, of_batch(p.outputs, j), h);
     } else {
       store<T>(p.hidden, of_batch(p.outputs, j), flows_on() ? h : A(0));
@@ -79,7 +88,7 @@ struct ForwardElement {
 
   // A step beyond the row's end leaves the states alone, so that an initial state waits there for the step it enters.
   GPU_FN void emit_padding(int64_t j) const {
-    store<T>(p.output, of_rows(p.outputs, j), A(0));
+    store<T>(p.output, of_rows(row, p.outputs, j), A(0));
     if (t == 0) store<T>(p.h_n, of_batch(p.outputs, j), load<T>(p.h0, of_batch(p.outputs, j)));
   }
 
@@ -89,7 +98,7 @@ struct ForwardElement {
       const int64_t columns = (Cell::kSaved + p.projected) * p.units;
       for (int64_t j = u; j < columns; j += p.units) store<A>(p.gates, row * p.gates_stride + j, A(0));
     }
-    if (p.cells != nullptr) store<T>(p.cells, of_rows(p.units, u), A(0));
+    if (p.cells != nullptr) store<T>(p.cells, of_rows(row, p.units, u), A(0));
     if (p.c_n != nullptr && t == 0) store<T>(p.c_n, of_batch(p.units, u), load<T>(p.c0, of_batch(p.units, u)));
     if (!p.projected) emit_padding(u);
   }
@@ -114,8 +123,8 @@ struct ForwardElement {
     A saved[kSaved];
     const A h = Cell::forward(gate, state, saved);
     if (kState == ElementState::kCell) {
-      if (p.cells != nullptr) store<T>(p.cells, of_rows(p.units, u), state);
-      if (sequence.last(t, reverse)) store<T>(p.c_n, of_batch(p.units, u), state);
+      if (p.cells != nullptr) store<T>(p.cells, of_rows(row, p.units, u), state);
+      if (last()) store<T>(p.c_n, of_batch(p.units, u), state);
     } else {
       state = h;
     }
@@ -158,44 +167,24 @@ __global__ void forward_projected_kernel(const StepForward p) {
 }
 
 template <class T>
-struct BackwardElement {
+struct BackwardElement : StepRow {
   using A = Accumulation<T>;
   const StepBackward& p;
-  int d;
-  int64_t n, t, row;
-  bool reverse;
-  Sequence sequence;
-  bool last, flows_on;
 
   GPU_FN BackwardElement(const StepBackward& params, int direction, int64_t batch_row)
-      : p(params),
-        d(direction),
-        n(batch_row),
-        t(params.table.step[direction].t),
-        row(params.table.row(direction, batch_row)),
-        reverse(direction == 1),
-        sequence(params.table.sequence(direction, batch_row)),
-        last(sequence.last(t, reverse)),
-        flows_on(valid() && !last && sequence.flows(reverse ? t - 1 : t + 1, reverse)) {}
-
-  GPU_FN bool valid() const { return t < sequence.length; }
-  GPU_FN int64_t of_batch(int64_t width, int64_t j) const { return (d * p.table.batch + n) * width + j; }
-  // Of a tensor [rows, D*width], at row r of direction d.
-  GPU_FN int64_t of_rows(int64_t r, int64_t width, int64_t j) const {
-    return ((r - d * p.table.total) * p.table.directions + d) * width + j;
-  }
+      : StepRow(params.table, direction, batch_row), p(params) {}
 
   // The h that entered the step.
   GPU_FN A previous_h(int64_t j) const {
-    if (sequence.flows(t, reverse)) return load<T>(p.output, of_rows(p.table.row_before(d, n), p.outputs, j));
+    if (sequence.flows(t, reverse)) return load<T>(p.output, of_rows(table.row_before(d, n), p.outputs, j));
     return sequence.enters(t, reverse) ? load<T>(p.h0, of_batch(p.outputs, j)) : A(0);
   }
 
   // Everything that reaches h_t but what a cell carries element by element.
   GPU_FN A incoming(int64_t j) const {
     A grad = load<T>(p.grad_output, of_rows(row, p.outputs, j));
-    if (last) grad += load<T>(p.grad_h_n, of_batch(p.outputs, j));
-    if (flows_on) grad += load<A>(p.product, of_batch(p.outputs, j));
+    if (last()) grad += load<T>(p.grad_h_n, of_batch(p.outputs, j));
+    if (flows_on()) grad += load<A>(p.product, of_batch(p.outputs, j));
     if (p.previous != nullptr) store<T>(p.previous, row * p.outputs + j, previous_h(j));
     return grad;
   }
@@ -224,17 +213,17 @@ struct BackwardElement {
     A saved[kSaved];
     for (int k = 0; k < kSaved; ++k) saved[k] = load<A>(p.reserve, row * p.reserve_stride + k * p.units + u);
     const bool flows = sequence.flows(t, reverse), enters = sequence.enters(t, reverse);
-    const A carried = flows_on ? load<A>(p.carry, of_batch(p.units, u)) : A(0);
+    const A carried = flows_on() ? load<A>(p.carry, of_batch(p.units, u)) : A(0);
     A previous(0), carry(0);
     if constexpr (kState == ElementState::kCell) {
       if (flows) {
-        const int64_t before = p.table.row_before(d, n);
+        const int64_t before = table.row_before(d, n);
         previous = load<A>(p.reserve, before * p.reserve_stride + (kSaved - 1) * p.units + u);
       } else if (enters) {
         previous = load<T>(p.c0, of_batch(p.units, u));
       }
       carry = carried + load<T>(p.grad_cells, of_rows(row, p.units, u));
-      if (last) carry += load<T>(p.grad_c_n, of_batch(p.units, u));
+      if (last()) carry += load<T>(p.grad_c_n, of_batch(p.units, u));
     } else if constexpr (kState == ElementState::kHidden) {
       previous = previous_h(u);
       grad_h += carried;

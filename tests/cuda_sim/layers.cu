@@ -73,10 +73,8 @@ void layer(const Case& c) {
   f.h_n = c.array<void>("h_n");
   f.c_n = optional(c, "c_n");
   scan.plan = plan_of(c, false);
-  fastrnn::pack_weights(scan, false, gates, units, directions, nullptr);
-  const fastrnn::PersistentForward forward{f, scan.plan, static_cast<const uint4*>(scan.packed), scan.step_stride};
-  fastrnn::launch_scan(fastrnn::persistent_forward_kernel<Cell, bf16, fastrnn::narrow_octets(Cell::kGates), 1>,
-                       scan.plan, directions, nullptr, forward);
+  fastrnn::run_scan(fastrnn::persistent_forward_kernel<Cell, bf16, fastrnn::narrow_octets(Cell::kGates), 1>, gates, f,
+                    scan, nullptr);
 
   fastrnn::StepBackward b;
   b.table = f.table;
@@ -93,9 +91,7 @@ void layer(const Case& c) {
   b.grad_first = c.array<void>("grad_first");
   b.previous = c.array<void>("previous");
   scan.plan = plan_of(c, true);
-  fastrnn::pack_weights(scan, true, gates, units, directions, nullptr);
-  const fastrnn::PersistentBackward backward{b, scan.plan, static_cast<const uint4*>(scan.packed), scan.step_stride};
-  fastrnn::launch_scan(fastrnn::persistent_backward_kernel<Cell, bf16, 2, 1>, scan.plan, directions, nullptr, backward);
+  fastrnn::run_scan(fastrnn::persistent_backward_kernel<Cell, bf16, 2, 1>, gates, b, scan, nullptr);
 }
 
 }  // namespace
