@@ -39,6 +39,23 @@ def test_large(case, backend):
     compare(case, backend)
 
 
+# The block of weights that a tile reads is more than 256 KiB, so that the scans sum it up in several chunks.
+CHUNKS = [
+    *(Case(kind, batch=9, inputs=1531, hidden=601) for kind in ("rnn_tanh", "lstm", "gru")),
+    Case("lstm", hidden=1201),
+    Case("gru", layout="unsorted", batch=17, hidden=1201, dtype=torch.float64, bidirectional=True),
+]
+
+
+@parametrize(CHUNKS)
+def test_chunks_of_weights(case, native):
+    compare(case, native)
+    net, (input, hx) = module(case), data(case)
+    expected = net(input, hx)
+    with torch.no_grad():  # nothing saved: the scan may multiply the input itself
+        torch.testing.assert_close(net(input, hx), expected)
+
+
 @parametrize(small(num_layers=2, bidirectional=True, steps=7, hidden=17))
 def test_bitwise_repeatable(case, backend):
     first, second = (outputs_and_gradients(module(case), *data(case)) for _ in range(2))

@@ -37,6 +37,7 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
   struct Scratch {
     T* packed;  // [blocks of outputs][G*H][kVectors][lanes]
     T* projection;  // [blocks of H][P][kVectors][lanes]
+    T* partial;  // [members][N][kWidth] sums over some of the chunks
     T* zeros;  // [max((G+S)*H, outputs)]
     Row* rows;  // [members][N]
   };
@@ -59,6 +60,7 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     // a single step has no recurrent product: nothing to pack
     s.packed = arena.take<T>(scan.rows.steps > 1 ? blocks(shape.outputs, kWidth) * kGates * shape.units * kWidth : 0);
     s.projection = arena.take<T>(shape.projected ? blocks(shape.units, kWidth) * shape.outputs * kWidth : 0);
+    s.partial = arena.take<T>(scan.plan.threads * scan.rows.batch * kWidth);
     s.zeros = arena.take<T>(zeros_width(shape));
     s.rows = arena.take<Row>(scan.plan.threads * scan.rows.batch);
     return s;
@@ -141,33 +143,41 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
   // grad_h_t for one block of its columns. Unprojected, these are units, and the cell follows while it is in registers.
   template <bool kProjected>
   void phase(int64_t s, const Row* rows, int64_t count) const {
+    const int64_t depth = s > 0 ? kGates * shape_.units : 0;
     zigzag(place_.blocks(output_blocks()), s, [&](int64_t block, int64_t next) {
-      for_row_tiles<kTileRows>(
-          count, [&]<int kRows>(int64_t i) { hidden_tile<kRows, kProjected>(rows, i, block, next, s > 0); });
+      for_chunks<kWidth * sizeof(T)>(depth, [&](const Chunk& chunk) {
+        for_row_tiles<kTileRows>(
+            count, [&]<int kRows>(RowTile tile) { hidden_tile<kRows, kProjected>(rows, tile, block, next, chunk); });
+      });
     });
   }
 
   template <int kRows, bool kProjected>
-  void hidden_tile(const Row* all_rows, int64_t first, int64_t block, int64_t next, bool recurrent) const {
-    const Row* rows = all_rows + first;
+  void hidden_tile(const Row* all_rows, RowTile tile, int64_t block, int64_t next, const Chunk& chunk) const {
+    const Row* rows = all_rows + tile.first;
     const int64_t outputs = shape_.outputs, units = shape_.units;
+    T* partial = s_.partial + (place_.member * rows_.batch + tile.first) * kWidth;
     V sum[kRows][kVectors];
     const T* gates[kRows];
-    const T* separate[kRows];
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) {
-      gates[r] = rows[r].next_gates;
-      separate[r] = rows[r].next_gates + kGates * units;
+      gates[r] = rows[r].next_gates + chunk.begin;
+      if (!kProjected && chunk.last) prefetch_row(rows[r], block * kWidth);
     }
-    set_zero(sum);
-    if (recurrent) {
-      constexpr int kAdding = kGates - kSeparate;
-      const auto [w, ahead] = packed_block<kVectors>(s_.packed, kGates * units, block, next, first / kRows);
-      accumulate<kRows, kVectors, T>(sum, {w, ahead}, gates, kAdding * units);
-      if constexpr (kSeparate > 0) {
-        const int64_t at = kAdding * units * kWidth;
-        accumulate<kRows, kVectors, T>(sum, {w + at, ahead + at}, separate, kSeparate * units);
-      }
+    load_or_zero(sum, chunk.first ? nullptr : partial);
+    const Packed<T> w = packed_block<kVectors>(s_.packed, kGates * units, block, next, tile, chunk);
+    // the separate gates have their recurrent parts behind those of all gates
+    constexpr int kAdding = kGates - kSeparate;
+    const int64_t together = std::clamp<int64_t>(kAdding * units - chunk.begin, 0, chunk.depth());
+    accumulate<kRows, kVectors, T>(sum, w, gates, together);
+    if constexpr (kSeparate > 0) {
+#pragma GCC unroll 32
+      for (int r = 0; r < kRows; ++r) gates[r] += together + kSeparate * units;
+      accumulate<kRows, kVectors, T>(sum, w.template from<kVectors>(together), gates, chunk.depth() - together);
+    }
+    if (!chunk.last) {
+      store_tile(partial, sum);
+      return;
     }
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) {
@@ -185,6 +195,12 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     }
   }
 
+  FASTRNN_INLINE void prefetch_row(const Row& row, int64_t j) const {
+    prefetch<Cell::kSaved, kVectors>(row.saved + j, shape_.units);
+    if (kState != ElementState::kNone) prefetch<1, kVectors>(row.previous + j, 0);
+    if (row.grad_output != nullptr) prefetch<1, kVectors>(row.grad_output + j, 0);
+  }
+
   // What reaches h_t but by the recurrent product.
   FASTRNN_INLINE V incoming(const Row& row, int64_t j, int64_t count) const {
     V x(0);
@@ -196,20 +212,21 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
 
   void projection_phase(int64_t s, const Row* rows, int64_t count) const {
     zigzag(place_.blocks(unit_blocks()), s, [&](int64_t block, int64_t next) {
-      for_row_tiles<kTileRows>(count, [&]<int kRows>(int64_t i) { projection_tile<kRows>(rows, i, block, next); });
+      for_row_tiles<kTileRows>(count, [&]<int kRows>(RowTile i) { projection_tile<kRows>(rows, i, block, next); });
     });
   }
 
   template <int kRows>
-  void projection_tile(const Row* all_rows, int64_t first, int64_t block, int64_t next) const {
-    const Row* rows = all_rows + first;
+  void projection_tile(const Row* all_rows, RowTile tile, int64_t block, int64_t next) const {
+    const Row* rows = all_rows + tile.first;
     V sum[kRows][kVectors];
     const T* grad[kRows];
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) grad[r] = rows[r].grad_projected;
     set_zero(sum);
     accumulate<kRows, kVectors, T>(
-        sum, packed_block<kVectors>(s_.projection, shape_.outputs, block, next, first / kRows), grad, shape_.outputs);
+        sum, packed_block<kVectors>(s_.projection, shape_.outputs, block, next, tile, Chunk{0, shape_.outputs}), grad,
+        shape_.outputs);
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 32

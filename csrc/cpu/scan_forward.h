@@ -18,6 +18,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   static constexpr int64_t kUnits = kUnitVectors * kLanes;  // of a block
   static constexpr int kAdding = kGates - kSeparate;  // gates whose two parts add in the accumulators
   static constexpr int kSeparateVectors = kSeparate * kUnitVectors;
+  static constexpr int64_t kPartial = (kVectors + kSeparateVectors) * kLanes;  // of a row
   static constexpr int kTileRows = max_rows(kVectors);
   static constexpr int kFusedRows = max_rows(kVectors + kSeparateVectors);
   static constexpr int kOutputVectors = 4;  // of a tile of the projection
@@ -41,8 +42,8 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   };
 
   struct Scratch {
-    T* packed;  // [blocks][outputs][kVectors][lanes]
-    T* packed_input;  // [blocks][I][kVectors][lanes] fused input only
+    T* packed;  // [blocks][depth()][kVectors][lanes] fused input: the rows of W_ih, then those of W_hh
+    T* partial;  // [members][N][kPartial] sums over some of the chunks
     T* projection;  // [blocks of P][H][kOutputVectors][lanes]
     T* h;  // [2][N, outputs]: read one, write the other
     T* activation;  // [N, H]
@@ -65,9 +66,8 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     const int64_t batch = scan.rows.batch, wide = std::max(shape.units, shape.outputs);
     const bool packed = scan.plan.recurrent == Recurrent::kPacked;
     Scratch s;
-    s.packed = arena.take<T>(packed ? blocks(shape.units, kUnits) * shape.outputs * kVectors * kLanes : 0);
-    s.packed_input = arena.take<T>(
-        scan.plan.fused_input ? blocks(shape.units, kUnits) * shape.inputs * kVectors * kLanes : 0);
+    s.packed = arena.take<T>(blocks(shape.units, kUnits) * depth(scan) * kVectors * kLanes);
+    s.partial = arena.take<T>(scan.plan.threads * batch * kPartial);
     s.projection = arena.take<T>(shape.projected && packed ? blocks(shape.outputs, kOutputs) * shape.units * kOutputs
                                                            : 0);
     s.h = arena.take<T>(2 * batch * shape.outputs);
@@ -75,6 +75,12 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     s.zeros = arena.take<T>(wide);
     s.rows = arena.take<Row>(scan.plan.threads * batch);
     return s;
+  }
+
+  // Of a block of packed weights.
+  static int64_t depth(const Scan& scan) {
+    if (scan.plan.recurrent != Recurrent::kPacked) return 0;
+    return (scan.plan.fused_input ? scan.shape.inputs : 0) + scan.shape.outputs;
   }
 
   int64_t unit_blocks() const { return blocks(shape_.units, kUnits); }
@@ -102,12 +108,12 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     if (scan_.plan.recurrent == Recurrent::kPacked) {
       const Range units = share(unit_blocks(), place_.member, place_.members);
       for (int64_t b = units.begin; b < units.end; ++b) {
-        pack_transposed<kGates, kUnitVectors>(p_.w_hh, shape_.units, shape_.outputs, b,
-                                              s_.packed + b * shape_.outputs * kVectors * kLanes);
+        T* block = s_.packed + b * depth(scan_) * kVectors * kLanes;
         if (scan_.plan.fused_input) {
-          pack_transposed<kGates, kUnitVectors>(p_.w_ih, shape_.units, shape_.inputs, b,
-                                                s_.packed_input + b * shape_.inputs * kVectors * kLanes);
+          pack_transposed<kGates, kUnitVectors>(p_.w_ih, shape_.units, shape_.inputs, b, block);
+          block += shape_.inputs * kVectors * kLanes;
         }
+        pack_transposed<kGates, kUnitVectors>(p_.w_hh, shape_.units, shape_.outputs, b, block);
       }
       if (shape_.projected) {
         const Range outputs = share(output_blocks(), place_.member, place_.members);
@@ -166,41 +172,63 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       if (scan_.plan.recurrent == Recurrent::kNatural) {
         for (int64_t i = 0; i < count; ++i) natural_block(rows[i], block);
       } else if (scan_.plan.fused_input) {
-        for_row_tiles<kFusedRows>(count, [&]<int kRows>(int64_t i) { tile<kRows, true>(rows, i, block, next); });
+        tiles<kFusedRows, true>(rows, count, block, next);
       } else {
-        for_row_tiles<kTileRows>(count, [&]<int kRows>(int64_t i) { tile<kRows, false>(rows, i, block, next); });
+        tiles<kTileRows, false>(rows, count, block, next);
       }
+    });
+  }
+
+  template <int kMaxRows, bool kFused>
+  void tiles(const Row* rows, int64_t count, int64_t block, int64_t next) const {
+    for_chunks<kVectors * kLanes * sizeof(T)>(depth(scan_), [&](const Chunk& chunk) {
+      for_row_tiles<kMaxRows>(
+          count, [&]<int kRows>(RowTile tile) { this->template tile<kRows, kFused>(rows, tile, block, next, chunk); });
     });
   }
 
   // Gate pre-activations of kRows rows and one block of units, and the cell on them.
   template <int kRows, bool kFused>
-  void tile(const Row* all_rows, int64_t first, int64_t block, int64_t next) const {
-    const Row* rows = all_rows + first;
-    const int64_t units = shape_.units, begin = block * kUnits, number = first / kRows;
+  void tile(const Row* all_rows, RowTile tile, int64_t block, int64_t next, const Chunk& chunk) const {
+    constexpr int kInputParts = kFused ? kSeparateVectors : 0;  // sums of the separate gates over the input alone
+    const Row* rows = all_rows + tile.first;
+    const int64_t units = shape_.units, begin = block * kUnits;
+    T* partial = s_.partial + (place_.member * rows_.batch + tile.first) * kPartial;
     V sum[kRows][kVectors];
-    V input_part[kRows][kFused && kSeparate > 0 ? kSeparateVectors : 1];
-    const T* h[kRows];
-    const T* x[kRows];
+    V input_part[kRows][std::max(1, kInputParts)];
+    load_or_zero(sum, chunk.first ? nullptr : partial);
+    if constexpr (kInputParts > 0)
+      load_or_zero(input_part, chunk.first ? nullptr : partial + kRows * kVectors * kLanes);
+    if (chunk.last && rows[0].gates != nullptr) {
 #pragma GCC unroll 32
-    for (int r = 0; r < kRows; ++r) h[r] = rows[r].h, x[r] = rows[r].input;
-    set_zero(sum);
+      for (int r = 0; r < kRows; ++r) prefetch<kGates, kUnitVectors>(rows[r].gates + begin, units);
+    }
+    const Packed<T> w = packed_block<kVectors>(s_.packed, depth(scan_), block, next, tile, chunk);
+    const T* a[kRows];
+    const int64_t inputs = kFused ? std::clamp<int64_t>(shape_.inputs - chunk.begin, 0, chunk.depth()) : 0;
     if constexpr (kFused) {
-      const int64_t inputs = shape_.inputs;
-      accumulate<kRows, kVectors, T>(sum, packed_block<kVectors>(s_.packed_input, inputs, block, next, number), x,
-                                     inputs);
 #pragma GCC unroll 32
-      for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kRows; ++r) a[r] = rows[r].input + chunk.begin;
+      accumulate<kRows, kVectors, T>(sum, w, a, inputs);
+      if (kInputParts > 0 && inputs > 0 && chunk.begin + inputs == shape_.inputs) {
 #pragma GCC unroll 32
-        for (int v = 0; v < kSeparateVectors; ++v) {  // the separate gates begin again
-          input_part[r][v] = sum[r][kVectors - kSeparateVectors + v];
-          sum[r][kVectors - kSeparateVectors + v] = V(0);
+        for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 32
+          for (int v = 0; v < kInputParts; ++v) {  // the separate gates begin again
+            input_part[r][v] = sum[r][kVectors - kSeparateVectors + v];
+            sum[r][kVectors - kSeparateVectors + v] = V(0);
+          }
         }
       }
     }
-    if (kFused || scan_.plan.recurrent == Recurrent::kPacked) {
-      accumulate<kRows, kVectors, T>(sum, packed_block<kVectors>(s_.packed, shape_.outputs, block, next, number), h,
-                                     shape_.outputs);
+    const int64_t k = std::max<int64_t>(0, chunk.begin - (kFused ? shape_.inputs : 0));  // of h
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) a[r] = rows[r].h + k;
+    accumulate<kRows, kVectors, T>(sum, w.template from<kVectors>(inputs), a, chunk.depth() - inputs);
+    if (!chunk.last) {
+      store_tile(partial, sum);
+      if constexpr (kInputParts > 0) store_tile(partial + kRows * kVectors * kLanes, input_part);
+      return;
     }
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) {
@@ -296,22 +324,22 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       if (natural) {
         for (int64_t i = 0; i < count; ++i) natural_projection(rows[i], block);
       } else {
-        for_row_tiles<kOutputRows>(count, [&]<int kRows>(int64_t i) { project<kRows>(rows, i, block, next); });
+        for_row_tiles<kOutputRows>(count, [&]<int kRows>(RowTile i) { project<kRows>(rows, i, block, next); });
       }
     });
   }
 
   template <int kRows>
-  void project(const Row* all_rows, int64_t first, int64_t block, int64_t next) const {
-    const Row* rows = all_rows + first;
+  void project(const Row* all_rows, RowTile tile, int64_t block, int64_t next) const {
+    const Row* rows = all_rows + tile.first;
     V sum[kRows][kOutputVectors];
     const T* activation[kRows];
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) activation[r] = rows[r].activation;
     set_zero(sum);
     accumulate<kRows, kOutputVectors, T>(
-        sum, packed_block<kOutputVectors>(s_.projection, shape_.units, block, next, first / kRows), activation,
-        shape_.units);
+        sum, packed_block<kOutputVectors>(s_.projection, shape_.units, block, next, tile, Chunk{0, shape_.units}),
+        activation, shape_.units);
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 32

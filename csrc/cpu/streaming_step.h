@@ -73,7 +73,8 @@ class StreamingLayer {
     const char* packed = static_cast<const char*>(s.packed);
     char* quantised = static_cast<char*>(s.quantised);
     const int64_t inputs = padded(s.shape.inputs), outputs = padded(s.shape.outputs), units = padded(s.shape.units);
-    for_row_tiles<kRowsOfTile>(s.batch, [&]<int kRows>(int64_t row) {
+    for_row_tiles<kRowsOfTile>(s.batch, [&]<int kRows>(RowTile tile) {
+      const int64_t row = tile.first;
       Operand x[kRows], h[kRows];
 #pragma GCC unroll 32
       for (int r = 0; r < kRows; ++r) {
@@ -87,7 +88,8 @@ class StreamingLayer {
     });
     if (!s.shape.projected) return;
     packed += layout.blocks * layout.block;
-    for_row_tiles<kRowsOfTile>(s.batch, [&]<int kRows>(int64_t row) {
+    for_row_tiles<kRowsOfTile>(s.batch, [&]<int kRows>(RowTile tile) {
+      const int64_t row = tile.first;
       Operand activation[kRows];
 #pragma GCC unroll 32
       for (int r = 0; r < kRows; ++r) {

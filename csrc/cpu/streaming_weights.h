@@ -77,7 +77,7 @@ struct FullWeights {
   static FASTRNN_SHARED void multiply(Vec<T> (&sum)[kRows][kVectors], const char* block, const Operand (&a)[kRows],
                                       int64_t depth, bool) {
     const T* w = reinterpret_cast<const T*>(block);
-    accumulate<kRows, kVectors, T>(sum, Packed<T>{w, w}, a, depth);
+    accumulate<kRows, kVectors, T>(sum, Packed<T>{w, w, 0}, a, depth);
   }
 };
 

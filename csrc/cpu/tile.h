@@ -2,6 +2,7 @@
 // layouts of the weights that it reads from end to end. Compiled once per ISA.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -19,18 +20,85 @@ constexpr int partial_sums(int rows, int vectors) {
   return room >= 4 ? 4 : room >= 2 ? 2 : 1;
 }
 
-// One block of packed weights, and where a tile of it looks ahead.
+// One of the tiles that rows are split into.
+struct RowTile {
+  int64_t first;  // row
+  int64_t index, count;  // among the tiles
+};
+
+// Part of the k of a block. A block that would fill L2 is used chunk by chunk, so that all tiles of the rows find a
+// chunk there; the sums wait in memory.
+struct Chunk {
+  int64_t begin = 0, end = 0;  // k
+  bool first = true, last = true;
+
+  int64_t depth() const { return end - begin; }
+};
+
+// Calls f(chunk) for a block whose k take kBytes each. At least once: the sums of no k are zero.
+template <size_t kBytes, class F>
+FASTRNN_INLINE void for_chunks(int64_t depth, const F& f) {
+  constexpr int64_t kMost = (256 << 10) / kBytes;  // half of a small L2 holds a chunk and the next
+  const int64_t chunks = std::max<int64_t>(1, (depth + kMost - 1) / kMost);
+  for (int64_t c = 0; c < chunks; ++c) {
+    f(Chunk{depth * c / chunks, depth * (c + 1) / chunks, c == 0, c == chunks - 1});
+  }
+}
+
+// A chunk of a block of packed weights, and what a tile of it fetches from L3 meanwhile.
 template <class T>
 struct Packed {
   const T* block;
   const T* ahead;
+  int64_t ahead_step;  // elements a k
+
+  template <int kVectors>
+  FASTRNN_INLINE Packed from(int64_t k) const {
+    return {block + k * kVectors * Vec<T>::size(), ahead + k * ahead_step, ahead_step};
+  }
 };
 
-// `tile` counts the tiles of a block: together they look at every line of the next.
+// The tiles of a chunk fetch the next one in equal parts, each from end to end. Evenly is what counts: a core has a
+// dozen misses in flight, and lines asked for faster than L3 gives them keep the tile's own from coming out of L2.
 template <int kVectors, class T>
-FASTRNN_INLINE Packed<T> packed_block(const T* packed, int64_t depth, int64_t block, int64_t next, int64_t tile) {
+FASTRNN_INLINE Packed<T> packed_block(const T* packed, int64_t depth, int64_t block, int64_t next, RowTile tile,
+                                      const Chunk& chunk) {
   constexpr int64_t kWidth = kVectors * Vec<T>::size();
-  return {packed + block * depth * kWidth, packed + next * depth * kWidth + tile % kVectors * Vec<T>::size()};
+  const int64_t step = (kWidth + tile.count - 1) / tile.count;
+  const T* following = chunk.last ? packed + next * depth * kWidth : packed + (block * depth + chunk.end) * kWidth;
+  return {packed + (block * depth + chunk.begin) * kWidth, following + tile.index * step * chunk.depth(), step};
+}
+
+// sum = the sums of [rows][vectors][lanes] at p, or zeros
+template <int kRows, int kVectors, class T>
+FASTRNN_INLINE void load_or_zero(Vec<T> (&sum)[kRows][kVectors], const T* p) {
+#pragma GCC unroll 32
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 32
+    for (int v = 0; v < kVectors; ++v) {
+      sum[r][v] = p == nullptr ? Vec<T>(0) : Vec<T>::loadu(p + (r * kVectors + v) * Vec<T>::size());
+    }
+  }
+}
+
+template <int kRows, int kVectors, class T>
+FASTRNN_INLINE void store_tile(T* p, const Vec<T> (&sum)[kRows][kVectors]) {
+#pragma GCC unroll 32
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 32
+    for (int v = 0; v < kVectors; ++v) sum[r][v].store(p + (r * kVectors + v) * Vec<T>::size());
+  }
+}
+
+// Asks for what the end of a tile will load, from memory to L2: kParts pieces of kVectors vectors, `stride` apart. Asked
+// for after the sums, each line would be waited for.
+template <int kParts, int kVectors, class T>
+FASTRNN_INLINE void prefetch(const T* p, int64_t stride) {
+#pragma GCC unroll 32
+  for (int part = 0; part < kParts; ++part) {
+#pragma GCC unroll 32
+    for (int v = 0; v < kVectors; ++v) __builtin_prefetch(p + part * stride + v * Vec<T>::size(), 0, 2);
+  }
 }
 
 template <int kRows, int kVectors, class V>
@@ -42,8 +110,7 @@ FASTRNN_INLINE void set_zero(V (&sum)[kRows][kVectors]) {
   }
 }
 
-// sum += over k in [begin, end): a[r][k] * w[k][v]. // The tiles of a block fetch the next block from L3 meanwhile, one line a k, and their own from L2 a little ahead: both
-// cost nothing beside the FMAs.
+// sum += over k in [begin, end): a[r][k] * w[k][v]. The weights come from L2 a little ahead of their use.
 template <int kPartials, int kRows, int kVectors, class T>
 FASTRNN_INLINE void multiply(Vec<T> (&sum)[kRows][kVectors], const Packed<T>& packed, const T* const (&a)[kRows],
                              int64_t begin, int64_t end) {
@@ -65,7 +132,7 @@ FASTRNN_INLINE void multiply(Vec<T> (&sum)[kRows][kVectors], const Packed<T>& pa
 #pragma GCC unroll 32
     for (int p = 0; p < kPartials; ++p) {
       if constexpr (kPartials == 1) {
-        __builtin_prefetch(packed.ahead + k * kVectors * kLanes, 0, 2);
+        __builtin_prefetch(packed.ahead + k * packed.ahead_step, 0, 2);
 #pragma GCC unroll 32
         for (int v = 0; v < kVectors; ++v) __builtin_prefetch(w + (kAhead * kVectors + v) * kLanes, 0, 3);
       }
@@ -160,14 +227,15 @@ FASTRNN_INLINE void with_rows(int n, const F& f) {
   }(std::make_integer_sequence<int, kMax>{});
 }
 
-// Splits rows [0, count) into tiles of nearly equal height: f.template operator()<height>(first row).
+// Splits rows [0, count) into tiles of nearly equal height: f.template operator()<height>(tile).
 template <int kMax, class F>
 FASTRNN_INLINE void for_row_tiles(int64_t count, const F& f) {
   const int64_t tiles = (count + kMax - 1) / kMax;
   int64_t row = 0;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t height = (count - row + tiles - t - 1) / (tiles - t);
-    with_rows<kMax>(static_cast<int>(height), [&]<int kRows>() { f.template operator()<kRows>(row); });
+    with_rows<kMax>(static_cast<int>(height),
+                    [&]<int kRows>() { f.template operator()<kRows>(RowTile{row, t, tiles}); });
     row += height;
   }
 }
