@@ -115,6 +115,17 @@ class Forecaster(nn.Module):
         return self.linear(nn.functional.dropout(self.gru(input)[0][:, -1], 0.1, self.training))
 
 
+def train(model: Forecaster, input: Tensor, wanted: Tensor, updates: int, description: str) -> list[float]:
+    """Train on windows ``[N, window, 2]`` and their corrections ``[N, horizons]``; the loss of every update."""
+    batches = common.shuffled_batches(len(input), 64)
+
+    def loss_of(_: int) -> Tensor:
+        rows = next(batches)
+        return nn.functional.huber_loss(model(input[rows]), wanted[rows])
+
+    return common.fit(model, loss_of, updates, weight_decay=0.1, description=description)
+
+
 def gru(series: Series, at: np.ndarray, layers: ModuleType, members: int, updates: int) -> np.ndarray:
     """The mean forecast of several GRUs that differ in their first weights and batches, ``[origins, season]``.
 
@@ -127,13 +138,7 @@ def gru(series: Series, at: np.ndarray, layers: ModuleType, members: int, update
     total = torch.zeros(len(at), series.season)
     for member in range(members):
         model = Forecaster(24, series.season, layers)
-        batches = common.shuffled_batches(len(known), 64)
-
-        def loss_of(_: int, model: Forecaster = model, batches=batches) -> Tensor:
-            rows = next(batches)
-            return nn.functional.huber_loss(model(input[rows]), wanted[rows])
-
-        common.fit(model, loss_of, updates, weight_decay=0.1, description=f"{series.name}, {member + 1} of {members}")
+        train(model, input, wanted, updates, f"{series.name}, {member + 1} of {members}")
         with torch.inference_mode():
             total += model(later)
     return seasonal_naive(series, at) + total.double().numpy() / members * scale(series)

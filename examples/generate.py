@@ -7,6 +7,7 @@ import lzma
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import cast
 
 import matplotlib.pyplot as plt
 import torch
@@ -85,7 +86,7 @@ def sample(model: CharModel, prompt: Tensor, length: int, temperature: float, se
         Divides the logits: below one the likely becomes likelier, near zero it is the only one.
     """
     generator = torch.Generator().manual_seed(seed)
-    session = fastrnn.StreamingSession(model.lstm)  # keeps the state, its weights packed once
+    session = fastrnn.StreamingSession(cast(nn.RNNBase, model.lstm))  # keeps the state, its weights packed once
     output = session.chunk(model.embedding(prompt))[-1]
     characters = []
     for _ in range(length):
@@ -142,7 +143,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, float], dict[float, str]
     settings = (
         Settings(embedding_size=32, hidden_size=96, num_layers=1, steps=48, updates=120, learning_rate=2e-2)
         if options.quick
-        else Settings(hidden_size=320, batch=32, updates=2000, learning_rate=5e-3)
+        else Settings(batch=32, updates=1200, learning_rate=5e-3)
     )
     pieces = characters[:border].tolist(), characters[border:].tolist()
     names = {"characters": 1, "pairs": 2, "5-grams": 5}

@@ -164,14 +164,14 @@ def draw(text: str, true: Sequence[int], predicted: Sequence[int]) -> Figure:
     """A piece of source twice, coloured by its true and by its predicted classes; mistakes on red."""
     lines = text.split("\n")
     width, height = max(map(len, lines)), len(lines)
-    figure, panels = plt.subplots(1, 2, figsize=(0.085 * 2 * width + 1, 0.17 * height + 1.1))
+    figure, panels = plt.subplots(1, 2, figsize=(0.072 * 2 * width, 0.16 * height + 0.9))
     for panel, title, kinds in zip(panels, ("true", "predicted"), (true, predicted), strict=True):
         row, column = 0, 0
         for character, kind, right in zip(text, kinds, true, strict=True):
             if kind != right:
                 panel.add_patch(plt.Rectangle((column, row - 0.5), 1, 1, color="#f6b9bb", linewidth=0))
-            panel.text(column + 0.5, row, character.strip(), color=COLOURS[kind], family="monospace", size=8,
-                       ha="center", va="center", parse_math=False)  # fmt: skip
+            place = {"ha": "center", "va": "center", "family": "monospace", "size": 8, "parse_math": False}
+            panel.text(column + 0.5, row, character.strip(), color=COLOURS[kind], **place)
             row, column = (row + 1, 0) if character == "\n" else (row, column + 1)
         panel.set(title=title, xlim=(0, width), ylim=(height - 0.5, -0.5))
         panel.axis("off")
@@ -190,7 +190,7 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     size = (16, 32, 1) if options.quick else (32, 96, 2)
     model = Tagger(*size, common.layers(options.backend))
     with common.Timer() as timer:
-        updates = 60 if options.quick else 900
+        updates = 60 if options.quick else 700
         train(model, data, updates, batch=16 if options.quick else 32, learning_rate=2e-2 if options.quick else 4e-3)
     predicted = predict(model, test)
     results = {

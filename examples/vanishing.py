@@ -32,7 +32,8 @@ LAYERS: dict[str, Callable[[], nn.RNNBase]] = {
     "LSTM, forget_bias=1": lambda: fastrnn.LSTM(ROWS, HIDDEN, batch_first=True, forget_bias=1.0),
     "LSTM, forget_bias=5": lambda: fastrnn.LSTM(ROWS, HIDDEN, batch_first=True, forget_bias=5.0),
 }
-COLOURS = dict(zip(LAYERS, ("#c0282d", "#e08a1e", "#e6a5a7", "#f2cf9d", "#3a9a5b", "#8fb8dc", "#2a78b5", "#123f66")))
+PALETTE = ("#c0282d", "#e08a1e", "#e6a5a7", "#f2cf9d", "#3a9a5b", "#8fb8dc", "#2a78b5", "#123f66")
+COLOURS = dict(zip(LAYERS, PALETTE, strict=True))
 
 
 class LastState(nn.Module):
@@ -51,7 +52,9 @@ class LastState(nn.Module):
 def make(name: str, backend: str) -> LastState:
     """A new model of the family ``name``, with the same weights on both backends."""
     model = LastState(LAYERS[name]())
-    return fastrnn.to_torch(model) if backend == "torch" else model
+    if backend == "torch":
+        fastrnn.to_torch(model)
+    return model
 
 
 def delayed(images: Tensor, delay: int) -> Tensor:
