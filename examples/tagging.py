@@ -55,7 +55,9 @@ def tags(source: str) -> list[int]:
         kind = TOKENS.get(token.type, WHITESPACE)
         if kind == NAME and keyword.iskeyword(token.string):
             kind = KEYWORD
-        begin, end = (starts[row - 1] + column for row, column in (token.start, token.end) if row <= len(starts))
+        if kind == WHITESPACE:  # which it is already; and some of these tokens, as an indent's end, lie nowhere
+            continue
+        begin, end = (starts[row - 1] + column for row, column in (token.start, token.end))
         result[begin:end] = [kind] * (end - begin)
     return result
 
