@@ -171,7 +171,7 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         "digits": Classifier(nn.Identity(), ROWS, 64, 10, layers),
         "stress": Classifier(nn.Embedding(len(ALPHABET), 32), 32, 64 if options.quick else 128, len(STRESS), layers),
     }
-    updates = {"digits": 150, "stress": 150} if options.quick else {"digits": 1000, "stress": 4000}
+    updates = {"digits": 150, "stress": 150} if options.quick else {"digits": 1000, "stress": 2500}
     results, predicted = {}, {}
     for name, task in tasks.items():
         with common.Timer() as timer:

@@ -175,7 +175,7 @@ def draw(all_series: Sequence[Series], forecasts: Sequence[dict[str, np.ndarray]
 def run(options: argparse.Namespace) -> dict[str, dict[str, np.ndarray]]:
     """The error by horizon of every forecast, by series."""
     layers = common.layers(options.backend)
-    members, updates = (1, 150) if options.quick else (5, 800)
+    members, updates = (1, 150) if options.quick else (5, 500)
     all_series, all_forecasts, results = load(), [], {}
     for series in all_series:
         at = origins(series, test=True)

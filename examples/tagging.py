@@ -192,7 +192,7 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     size = (16, 32, 1) if options.quick else (32, 96, 2)
     model = Tagger(*size, common.layers(options.backend))
     with common.Timer() as timer:
-        updates = 60 if options.quick else 700
+        updates = 60 if options.quick else 450
         train(model, data, updates, batch=16 if options.quick else 32, learning_rate=2e-2 if options.quick else 4e-3)
     predicted = predict(model, test)
     results = {

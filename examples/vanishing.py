@@ -23,19 +23,19 @@ BATCH = 64
 def identity_rnn() -> nn.RNNBase:
     """A ReLU RNN that begins with keeping what it has: Le, Jaitly and Hinton (2015)."""
     layer = fastrnn.RNN(ROWS, HIDDEN, nonlinearity="relu", batch_first=True)
-    with torch.no_grad():
-        layer.weight_hh_l0.copy_(torch.eye(HIDDEN))
-        layer.bias_ih_l0.zero_()
-        layer.bias_hh_l0.zero_()
+    parameters = dict(layer.named_parameters())
+    nn.init.eye_(parameters["weight_hh_l0"])
+    for name in ("bias_ih_l0", "bias_hh_l0"):
+        nn.init.zeros_(parameters[name])
     return layer
 
 
 def remembering_gru(bias: float = 5.0) -> nn.RNNBase:
     """A GRU whose update gate begins open: what ``forget_bias`` is for an LSTM."""
     layer = fastrnn.GRU(ROWS, HIDDEN, batch_first=True)
-    with torch.no_grad():
-        for name, value in (("bias_ih_l0", bias), ("bias_hh_l0", 0.0)):
-            getattr(layer, name)[HIDDEN : 2 * HIDDEN] = value  # gates r, z, n
+    parameters = dict(layer.named_parameters())
+    for name, value in (("bias_ih_l0", bias), ("bias_hh_l0", 0.0)):
+        nn.init.constant_(parameters[name][HIDDEN : 2 * HIDDEN], value)  # gates r, z, n
     return layer
 
 
