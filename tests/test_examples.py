@@ -43,11 +43,12 @@ def test_every_program_has_a_line_and_a_page(capsys):
         assert f"python -m examples.{name}" in gallery, name
 
 
-def test_lengths_mean_the_same_on_both_backends():
+@pytest.mark.parametrize("lengths", [[2, 5, 1], [6, 6, 6]])
+def test_lengths_mean_the_same_on_both_backends(lengths):
     ours = fastrnn.GRU(3, 4, batch_first=True, bidirectional=True)
     theirs = fastrnn.to_torch(fastrnn.GRU(3, 4, batch_first=True, bidirectional=True))
     theirs.load_state_dict(ours.state_dict())
-    input, lengths = torch.randn(3, 6, 3), torch.tensor([2, 5, 1])
+    input, lengths = torch.randn(3, 6, 3), torch.tensor(lengths)
     for one, other in zip(
         common.run_lengths(ours, input, lengths), common.run_lengths(theirs, input, lengths), strict=True
     ):
