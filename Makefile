@@ -31,7 +31,7 @@ export FASTRNN_NATIVE FASTRNN_CUDA FASTRNN_CUDA_ARCH MAX_JOBS
 BUILD_SOURCES := $(shell find csrc tools -type f -not -name '*.pyc' 2>/dev/null) \
   CMakeLists.txt setup.py pyproject.toml fastrnn/__init__.py
 CXX_SOURCES = $(shell find csrc tests/cpp tests/cuda_sim -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-PYTHON_SOURCES := fastrnn tests bench tools setup.py
+PYTHON_SOURCES := fastrnn tests bench examples tools setup.py
 PYTEST := $(PY) -m pytest -n auto --maxprocesses=4
 
 # $(call remember,VALUE): the target changes, and so its dependents run, only when VALUE does.
@@ -140,5 +140,5 @@ $(VENV)/.bench: pyproject.toml $(VENV)/.torch | $(VENV)/.built
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.torch | $(VENV)/.built
-	$(PIP) install -q --no-build-isolation -e ".[test,bench,dev]"
+	$(PIP) install -q --no-build-isolation -e ".[test,bench,examples,dev]"
 	@touch $@
