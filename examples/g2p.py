@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import matplotlib.pyplot as plt
 import torch
@@ -31,7 +31,7 @@ SHOWN = ("knowledge", "photography")  # the words of the attention maps; left ou
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the models and of the run; all models have about as many parameters, and see the same batches."""
+    """Sizes of the models and of the run; all models have about as many parameters."""
 
     hidden: int = 192
     embedding: int = 64
@@ -88,8 +88,8 @@ def pronounce(
     pairs = Pairs.of([(word, ()) for word in words])
     found: dict[int, Pronunciation] = {}
     for rows in pairs.lengths.argsort().split(batch):  # alike in length: they end at about the same step
-        part_of = pairs.take(rows)
-        phonemes, _ = beam_search(model, part_of.letters, part_of.lengths, width)
+        chunk = pairs.take(rows)
+        phonemes, _ = beam_search(model, chunk.letters, chunk.lengths, width)
         for row, numbers in zip(rows.tolist(), phonemes.tolist(), strict=True):
             found[row] = tuple(PHONEMES[number - END - 1] for number in numbers if number > END)
     return [found[row] for row in range(len(words))]
@@ -99,7 +99,7 @@ def run(
     name: str, train: Pairs, words: dict[str, list[Pronunciation]], settings: Settings, options: argparse.Namespace
 ) -> tuple[Recurrent | Transformer, Result]:
     """Train one model, and measure it on ``words``."""
-    seed(options.seed)  # the same batches for every model
+    seed(options.seed)  # a model's run is the same alone, after others, and with the other backend
     batches = train.batches(settings.batch)
     model = make(name, settings, options.backend)
     updates = int(settings.epochs * len(train.lengths)) // settings.batch
@@ -158,8 +158,8 @@ def main(given: Sequence[str] | None = None) -> dict[str, Result]:
     parser.add_argument("--epochs", type=float, help="how often each word is trained on (3; --quick: less than once)")
     options = parse(parser, given)
     settings = Settings.quick() if options.quick else Settings()
-    epochs = settings.epochs if options.epochs is None else options.epochs
-    settings = Settings(**{**vars(settings), "epochs": epochs})
+    if options.epochs is not None:
+        settings = replace(settings, epochs=options.epochs)
 
     words = {word: spoken for word, spoken in dictionary().items() if len(word) <= settings.longest}
     pairs = [
