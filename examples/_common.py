@@ -196,17 +196,18 @@ def smooth(values: Sequence[float], window: int = 20) -> list[float]:
 
 def show(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
     """Print a table: floats with three digits behind the point, all but the first column to the right."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(box=None)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
     for row in rows:
         table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row))
+    console.print(title, style="bold", highlight=False)
     console.print(table)
 
 
 def save(figure: Figure, name: str, options: argparse.Namespace) -> Path:
     """Write ``name.png`` to ``--out`` and, with ``--gallery``, to docs/examples; the path of the first."""
-    figure.tight_layout()
+    figure.set_layout_engine("constrained")
     for folder in [options.out, *([GALLERY] if options.gallery else [])]:
         folder.mkdir(parents=True, exist_ok=True)
         figure.savefig(folder / f"{name}.png", dpi=110)
