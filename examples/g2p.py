@@ -135,7 +135,10 @@ def picture(
     for name, result in results.items():
         axes.plot(smooth(result.losses, max(1, len(result.losses) // 50)), label=name)
     axes.set(xlabel="update", ylabel="loss, nats per phoneme", yscale="log", title="training")
-    axes.grid(color="#dddddd", which="both")
+    ticks = (0.2, 0.3, 0.5, 1, 2, 3)
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(color="#dddddd")
     axes.legend()
     for column, (name, model) in enumerate(attentive.items(), 1):
         for row, word in enumerate(SHOWN):
