@@ -147,7 +147,7 @@ def picture(
             assert isinstance(model, Recurrent)
             weights = model.alignment(pair.letters, pair.lengths, previous(pair.phonemes))[0]
             axes = figure.add_subplot(grid[row, column])
-            axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+            axes.imshow(weights.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
             axes.set_xticks(range(len(word)), list(word))
             axes.set_yticks(range(len(spoken) + 1), [*spoken, "(end)"])
             axes.set_title(name, fontsize=10)

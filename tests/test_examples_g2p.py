@@ -200,7 +200,7 @@ def test_quick_run(tmp_path):
     assert list(results) == list(g2p.MODELS)
     for name, result in results.items():
         assert result.losses[0] > 3.4, name
-        assert sum(result.losses[-10:]) / 10 < 3.0, name  # the phonemes' frequencies alone: 3.3 nats
+        assert sum(result.losses[-10:]) / 10 < 3.0, name  # the phonemes' frequencies alone: 3.19 nats
         assert result.rates[1][0] < 1
     assert (tmp_path / "g2p.png").stat().st_size > 10_000
 
