@@ -87,6 +87,8 @@ def run_lengths(module: nn.RNNBase, input: Tensor, lengths: Tensor, hx: Any = No
     """
     if type(module).__module__.startswith("fastrnn"):
         return module(input, hx, lengths=lengths)
+    if bool((lengths == input.size(1)).all()):  # nothing to leave out, and packing is slow
+        return module(input, hx)
     packed = pack_padded_sequence(input, lengths, batch_first=True, enforce_sorted=False)
     output, hidden = module(packed, hx)
     return pad_packed_sequence(output, batch_first=True, total_length=input.size(1))[0], hidden

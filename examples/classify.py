@@ -166,12 +166,12 @@ def draw(results: dict[str, dict[str, float]], task: Task, predicted: Tensor) ->
 def run(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Train both models; the accuracy of each and of its baselines, by task."""
     layers = common.layers(options.backend)
-    tasks = {"digits": digits(), "stress": words(4000 if options.quick else None)}
+    tasks = {"digits": digits(), "stress": words(3000 if options.quick else None)}
     models = {
         "digits": Classifier(nn.Identity(), ROWS, 64, 10, layers),
         "stress": Classifier(nn.Embedding(len(ALPHABET), 32), 32, 64 if options.quick else 128, len(STRESS), layers),
     }
-    updates = {"digits": 150, "stress": 150} if options.quick else {"digits": 1000, "stress": 2500}
+    updates = {"digits": 120, "stress": 100} if options.quick else {"digits": 1000, "stress": 2500}
     results, predicted = {}, {}
     for name, task in tasks.items():
         with common.Timer() as timer:

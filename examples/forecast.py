@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import matplotlib.pyplot as plt
@@ -76,7 +76,7 @@ def features(series: Series, at: np.ndarray) -> np.ndarray:
     """What a learned forecast sees, ``[origins, window, 2]``: the values before the origin, and their seasonal change.
 
     Values are relative to the origin's, so that a trend leads to no numbers that training has not seen; all are
-    divided by the standard deviation of the training part's changes over a season.
+    divided by `scale`.
     """
     steps = at[:, None] - np.arange(series.window)[::-1]
     values, changes = series.values[steps], series.values[steps] - series.values[steps - series.season]
@@ -89,7 +89,7 @@ def scale(series: Series) -> float:
     return float((known[series.season :] - known[: -series.season]).std())
 
 
-def linear(series: Series, at: np.ndarray, penalty: float = 1.0) -> np.ndarray:
+def linear(series: Series, at: np.ndarray, penalty: float) -> np.ndarray:
     """Ridge regression on the GRU's own input: what can be had without a recurrent network, ``[origins, season]``."""
     known = origins(series, test=False)
 
@@ -127,11 +127,7 @@ def train(model: Forecaster, input: Tensor, wanted: Tensor, updates: int, descri
 
 
 def gru(series: Series, at: np.ndarray, layers: ModuleType, members: int, updates: int) -> np.ndarray:
-    """The mean forecast of several GRUs that differ in their first weights and batches, ``[origins, season]``.
-
-    Nothing of the test part chooses sizes, updates or members: with series this short there is too little to hold
-    out for that as well.
-    """
+    """The mean forecast of several GRUs that differ in their first weights and batches, ``[origins, season]``."""
     known = origins(series, test=False)
     input, later = (torch.as_tensor(features(series, steps), dtype=torch.float32) for steps in (known, at))
     wanted = torch.as_tensor((targets(series, known) - seasonal_naive(series, known)) / scale(series)).float()
@@ -142,6 +138,20 @@ def gru(series: Series, at: np.ndarray, layers: ModuleType, members: int, update
         with torch.inference_mode():
             total += model(later)
     return seasonal_naive(series, at) + total.double().numpy() / members * scale(series)
+
+
+def choose(series: Series, candidates: Sequence[int], forecast: Callable[[Series, np.ndarray, int], np.ndarray]) -> int:
+    """The setting that forecasts the end of the training part best from its beginning; the test part is not looked at.
+
+    Parameters
+    ----------
+    forecast : callable
+        From a series, the origins and a candidate to ``[origins, season]``.
+    """
+    inner = replace(series, values=series.values[: series.border])  # the training part has a border of its own
+    at = origins(inner, test=True)
+    found = [errors(forecast(inner, at, candidate), targets(inner, at)).mean() for candidate in candidates]
+    return candidates[int(np.argmin(found))]
 
 
 def errors(forecast: np.ndarray, true: np.ndarray) -> np.ndarray:
@@ -175,23 +185,25 @@ def draw(all_series: Sequence[Series], forecasts: Sequence[dict[str, np.ndarray]
 def run(options: argparse.Namespace) -> dict[str, dict[str, np.ndarray]]:
     """The error by horizon of every forecast, by series."""
     layers = common.layers(options.backend)
-    members, updates = (1, 150) if options.quick else (5, 500)
+    members, updates = (1, [150]) if options.quick else (5, [100, 200, 400, 800])
     all_series, all_forecasts, results = load(), [], {}
     for series in all_series:
         at = origins(series, test=True)
         forecasts = {
             "seasonal naive": seasonal_naive(series, at),
             "seasonal naive + drift": seasonal_drift(series, at),
-            "ridge regression": linear(series, at),
+            "ridge regression": linear(series, at, choose(series, [1, 10, 100], linear)),
         }
         with common.Timer() as timer:
-            forecasts["GRU"] = gru(series, at, layers, members, updates)
+            chosen = choose(series, updates, lambda inner, known, count: gru(inner, known, layers, 1, count))
+            forecasts["GRU"] = gru(series, at, layers, members, chosen)
         results[series.name] = {name: errors(made, targets(series, at)) for name, made in forecasts.items()}
         all_forecasts.append(forecasts)
         horizons = sorted({1, series.season // 4, series.season // 2, series.season})
         common.show(
             f"{series.name}: mean absolute error of {len(at)} forecasts from "
-            f"{series.first_year + at[0] / series.per_year:.0f} on; {timer.cpu:.0f} s of CPU time",
+            f"{series.first_year + at[0] / series.per_year:.0f} on; {members} GRUs, {chosen} updates each, "
+            f"{timer.cpu:.0f} s of CPU time",
             ["forecast", *(f"{horizon} ahead" for horizon in horizons), "all"],
             [
                 [name, *(float(error[horizon - 1]) for horizon in horizons), float(error.mean())]

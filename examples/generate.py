@@ -118,13 +118,13 @@ def draw(curve: Sequence[float], bits: dict[str, float]) -> Figure:
     axes.plot(curve, color="#c9dcec", linewidth=0.8, label="training, each update")
     axes.plot(common.smooth(curve, 50), color="#2a78b5", label="training, mean of 50")
     for (name, value), style in zip(bits.items(), (":", ":", ":", "--", "-"), strict=True):
-        ours = name == "LSTM"
+        ours = name == "LSTM"  # its label to the left: it may lie on another line
         axes.axhline(value, color="#c0282d" if ours else "#666666", linestyle=style, linewidth=1)
         axes.annotate(
             f"{name}, held out: {value:.2f}",
-            (1, value),
+            (0.5 if ours else 1, value),
             xycoords=("axes fraction", "data"),
-            xytext=(-4, 3),
+            xytext=(-4, -11 if ours else 3),
             textcoords="offset points",
             ha="right",
             fontsize=8,

@@ -43,11 +43,12 @@ def test_every_program_has_a_line_and_a_page(capsys):
         assert f"python -m examples.{name}" in gallery, name
 
 
-def test_lengths_mean_the_same_on_both_backends():
+@pytest.mark.parametrize("lengths", [[2, 5, 1], [6, 6, 6]])
+def test_lengths_mean_the_same_on_both_backends(lengths):
     ours = fastrnn.GRU(3, 4, batch_first=True, bidirectional=True)
     theirs = fastrnn.to_torch(fastrnn.GRU(3, 4, batch_first=True, bidirectional=True))
     theirs.load_state_dict(ours.state_dict())
-    input, lengths = torch.randn(3, 6, 3), torch.tensor([2, 5, 1])
+    input, lengths = torch.randn(3, 6, 3), torch.tensor(lengths)
     for one, other in zip(
         common.run_lengths(ours, input, lengths), common.run_lengths(theirs, input, lengths), strict=True
     ):
@@ -293,6 +294,21 @@ def test_tagger_beats_the_commonest_class(tmp_path):
 RAMP = forecast.Series("ramp", np.arange(100.0) + 5 * (np.arange(100) % 4), 2000, 4, season=4, window=8)
 
 
+def ridge(series, at):
+    return forecast.linear(series, at, 1.0)
+
+
+def test_choice_of_a_setting_looks_at_the_training_part_only():
+    seen = []
+
+    def shifted(series, at, by):
+        seen.append(len(series.values))
+        return forecast.targets(series, at) + by
+
+    assert forecast.choose(RAMP, [3, -1, 2], shifted) == -1
+    assert seen == [RAMP.border] * 3
+
+
 def test_forecasts_by_hand():
     at = np.array([50, 51])
     np.testing.assert_allclose(forecast.targets(RAMP, at)[0], RAMP.values[51:55])
@@ -310,7 +326,7 @@ def test_training_sees_nothing_of_the_test_part():
         assert later[-1] + series.season == len(series.values) - 1
         changed = forecast.Series(**{**vars(series), "values": series.values.copy()})
         changed.values[series.border :] = np.nan
-        for function in (forecast.features, forecast.targets, forecast.linear):
+        for function in (forecast.features, forecast.targets, ridge):
             np.testing.assert_array_equal(function(series, known), function(changed, known))
         assert forecast.scale(series) == forecast.scale(changed)
 
@@ -321,7 +337,7 @@ def test_a_forecast_sees_nothing_behind_its_origin():
         last = series.border + 20
         changed.values[last + 1 :] = np.nan
         at = np.array([last])
-        for function in (forecast.features, forecast.seasonal_naive, forecast.seasonal_drift, forecast.linear):
+        for function in (forecast.features, forecast.seasonal_naive, forecast.seasonal_drift, ridge):
             made = function(changed, at)
             assert np.isfinite(made).all()
             np.testing.assert_array_equal(function(series, at), made)
