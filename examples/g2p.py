@@ -47,7 +47,7 @@ class Settings:
     @classmethod
     def quick(cls) -> Settings:
         """Short words, few of them, once."""
-        return cls(hidden=64, embedding=32, transformer=32, batch=64, epochs=0.2, test_words=200, longest=5, beam=2)
+        return cls(hidden=64, embedding=32, transformer=32, batch=64, epochs=0.15, test_words=100, longest=5, beam=2)
 
 
 @dataclass

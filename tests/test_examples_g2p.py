@@ -210,6 +210,6 @@ def test_attention_beats_a_phoneme_a_letter(tmp_path):
     results = g2p.main(["--quick", "--model", "attention-additive", "--epochs", "1.5", "--out", str(tmp_path)])
     words = {word: spoken for word, spoken in data.dictionary().items() if len(word) <= g2p.Settings.quick().longest}
     train = [(word, one) for word, spoken in words.items() if data.part(word) == "train" for one in spoken]
-    test = [word for word in words if data.part(word) == "test"][:200]
+    test = [word for word in words if data.part(word) == "test"][: g2p.Settings.quick().test_words]
     simple, _ = data.error_rates(data.baseline(train, test), [words[word] for word in test])
     assert results["attention-additive"].rates[1][0] < 0.8 * simple
