@@ -14,21 +14,34 @@ class Reduction {
  public:
   Reduction(const Sizes& z, bool batch_first, int64_t groups) : z_(z), batch_first_(batch_first), groups_(groups) {}
 
-  // grad^T x: parts of [rows, A] in all and [rows, B] -> [A, B] or [groups, A, B]
-  Tensor outer(const std::vector<Tensor>& parts, const Tensor& x) const {
-    if (parts.size() == 1) return outer(parts[0], x);
+  // Rows of x [rows, B], and the row of a gradient that its first belongs to.
+  struct Term {
+    int64_t first;
+    Tensor x;
+  };
+  // The sum over the terms of grad^T x: parts of [rows, A] in all and [rows, B] -> [A, B] or [groups, A, B], the latter
+  // of one term of all rows.
+  Tensor outer(const std::vector<Tensor>& parts, const std::vector<Term>& terms) const {
     if (groups_ > 0) {
       Tensors products;
-      for (const Tensor& part : parts) products.push_back(outer(part, x));
-      return at::cat(products, 1);
+      for (const Tensor& part : parts) products.push_back(outer(part, terms.at(0).x));
+      return products.size() == 1 ? products[0] : at::cat(products, 1);
     }
-    // the same without putting the parts together afterwards: for one step that copy costs as much as the product
+    // in place: for one step a copy or a sum of such matrices costs as much as the product
     int64_t width = 0, at = 0;
     for (const Tensor& part : parts) width += part.size(1);
-    Tensor whole = at::empty({width, x.size(1)}, x.options());
+    Tensor whole = at::empty({width, terms.at(0).x.size(1)}, parts.at(0).options());
     for (const Tensor& part : parts) {
       Tensor slice = whole.narrow(0, at, part.size(1));
-      at::mm_out(slice, part.t(), x);
+      bool begun = false;
+      for (const Term& term : terms) {
+        const int64_t rows = term.x.size(0);
+        if (rows == 0) continue;
+        const Tensor factor = part.narrow(0, term.first, rows).t();
+        begun ? slice.addmm_(factor, term.x) : at::mm_out(slice, factor, term.x);
+        begun = true;
+      }
+      if (!begun) slice.zero_();
       at += part.size(1);
     }
     return whole;
@@ -57,17 +70,6 @@ class Reduction {
   bool batch_first_;
   int64_t groups_;
 };
-
-Tensor recurrent_weight(const Reduction& reduction, const DirectionGradients& g) {
-  const auto of_rows = [&](int64_t first, const Tensor& h) {
-    std::vector<Tensor> parts;
-    for (const Tensor& part : g.recurrent) parts.push_back(part.narrow(0, first, h.size(0)));
-    return reduction.outer(parts, h);
-  };
-  Tensor grad = of_rows(g.previous_first, g.previous);
-  if (g.initial.defined()) grad.add_(of_rows(g.initial_first, g.initial));
-  return grad;
-}
 
 Tensor allocate(std::vector<int64_t> rows, int64_t last, const at::TensorOptions& options, bool clear) {
   rows.push_back(last);
@@ -118,7 +120,11 @@ Tensors layer_gradients(const BackwardArguments& a, const ScanGradients& scan, c
                          : result[0].addmm_(g.input_gates, a.weights[l.w_ih(d)]);
     }
     if (a.wants_weight(l.w_ih(d))) weight(l.w_ih(d)) = reduction.outer(g.input_gates, a.input);
-    if (a.wants_weight(l.w_hh(d))) weight(l.w_hh(d)) = recurrent_weight(reduction, g);
+    if (a.wants_weight(l.w_hh(d))) {
+      std::vector<Reduction::Term> states{{g.previous_first, g.previous}};
+      if (g.initial.defined()) states.push_back({g.initial_first, g.initial});
+      weight(l.w_hh(d)) = reduction.outer(g.recurrent, states);
+    }
     if (l.biases && a.wants_weight(l.b_ih(d))) weight(l.b_ih(d)) = reduction.sum(g.input_gates);
     if (l.biases && a.wants_weight(l.b_hh(d))) {
       const bool same = cell.separate == 0 && a.wants_weight(l.b_ih(d));
