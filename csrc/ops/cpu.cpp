@@ -4,6 +4,7 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <pthread.h>
+#include <sys/mman.h>
 #include <torch/library.h>
 
 #include <atomic>
@@ -39,6 +40,19 @@ auto direction(T* p, int d, int64_t stride) {
   return p == nullptr ? nullptr : p + d * stride;
 }
 
+// Large buffers are fresh memory at every call, and the first touch of a page costs more than writing it: 33 against 17 ms
+// for 67 MB, with 4 KiB and 2 MiB a page. A hint that any system may ignore.
+Tensor with_huge_pages(Tensor buffer) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(buffer.mutable_data_ptr());
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, end = (begin + buffer.nbytes()) / kPage * kPage;
+  constexpr uintptr_t kWorthIt = 16 * kPage;  // beyond malloc's largest threshold, so that it is mapped for itself
+  if (end > first && end - first >= kWorthIt) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+  return buffer;
+}
+
 Tensors contiguous(TensorList tensors, at::ScalarType type) {
   Tensors result;
   result.reserve(tensors.size());
@@ -61,8 +75,9 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, const Tenso
   // The input projection's buffer is the reserve: its first G columns, in units of H, turn into the activated gates.
   // Where the scan multiplies the input itself, and nothing is saved, there is no buffer.
   const int64_t columns = z.units * (need_reserve ? l.reserve_columns_in_units(kind) : cell.gates);
-  Tensor gates = projects && !need_reserve ? at::empty({0}, options)
-                                           : result.allocate_gates(z, columns, options, need_reserve && clear);
+  Tensor gates = projects && !need_reserve
+                     ? at::empty({0}, options)
+                     : with_huge_pages(result.allocate_gates(z, columns, options, need_reserve && clear));
 
   const Tensor x = input.reshape({total, z.inputs});
   const int64_t bias_width = (cell.gates + cell.separate) * z.units;
@@ -177,7 +192,7 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
     const auto allocate = [&](int64_t columns) {
       return valid && groups > 0 ? at::zeros({total, columns}, options) : at::empty({total, columns}, options);
     };
-    Tensor grad_gates = allocate(gate_columns);
+    Tensor grad_gates = with_huge_pages(allocate(gate_columns));
     if (l.projected) {
       g.grad_projected = allocate(z.outputs);
       g.activation = reserve.select(0, d).view({total, reserve_columns}).narrow(1, cell.saved * z.units, z.units);
