@@ -50,7 +50,7 @@ struct Math<Vec<double>> : VecMath<double> {
 };
 
 // Sleef's float functions are right to 1 ulp, and make the cell four to seven times dearer than these, which are right
-// to 2: e^x = 2^n e^r with |r| <= ln(2)/2 (Cody and Waite's reduction), and a polynomial for e^r.
+// to 3: e^x = 2^n e^r with |r| <= ln(2)/2 (Cody and Waite's reduction), and a polynomial for e^r.
 template <>
 struct Math<Vec<float>> : VecMath<float> {
   static constexpr float kLog2E = 1.44269504088896341f;
