@@ -76,12 +76,12 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     for (int64_t s = 0; s < rows_.steps; ++s) {
       const int64_t t = p_.reverse ? s : rows_.steps - 1 - s;
       const int64_t count = find_rows(t, rows);
-      if (shape_.projected) {
+      if (!Cell::kProjects || !shape_.projected) {
+        if (count > 0) phase<false>(s, rows, count);
+      } else if constexpr (Cell::kProjects) {
         if (count > 0) phase<true>(s, rows, count);
         place_.wait_for_units();
         if (count > 0) projection_phase(s, rows, count);
-      } else if (count > 0) {
-        phase<false>(s, rows, count);
       }
       place_.wait_for_units();
     }
@@ -97,7 +97,7 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
                                s_.packed + b * kGates * shape_.units * kWidth);
       }
     }
-    if (shape_.projected) {
+    if (Cell::kProjects && shape_.projected) {
       const Range range = share(unit_blocks(), place_.member, place_.members);
       for (int64_t b = range.begin; b < range.end; ++b) {
         pack_columns<kVectors>(p_.w_hr, shape_.units, shape_.outputs, b, s_.projection + b * shape_.outputs * kWidth);

@@ -94,9 +94,11 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       const int64_t t = p_.reverse ? rows_.steps - 1 - s : s;
       const int64_t count = find_rows(t, s, rows);
       if (count > 0) units_phase(s, rows, count);
-      if (shape_.projected) {
-        place_.wait_for_units();
-        if (count > 0) projection_phase(s, rows, count);
+      if constexpr (Cell::kProjects) {
+        if (shape_.projected) {
+          place_.wait_for_units();
+          if (count > 0) projection_phase(s, rows, count);
+        }
       }
       place_.wait_for_units();
     }
@@ -115,7 +117,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
         }
         pack_transposed<kGates, kUnitVectors>(p_.w_hh, shape_.units, shape_.outputs, b, block);
       }
-      if (shape_.projected) {
+      if (Cell::kProjects && shape_.projected) {
         const Range outputs = share(output_blocks(), place_.member, place_.members);
         for (int64_t b = outputs.begin; b < outputs.end; ++b) {
           pack_transposed<1, kOutputVectors>(p_.w_hr, shape_.outputs, shape_.units, b,
@@ -269,13 +271,13 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     if (p_.save) {
 #pragma GCC unroll 32
       for (int c = 0; c < Cell::kSaved; ++c) store(row.gates + c * units + j, saved[c], count);
-      if (shape_.projected) store(row.gates + Cell::kSaved * units + j, h, count);
+      if (Cell::kProjects && shape_.projected) store(row.gates + Cell::kSaved * units + j, h, count);
     }
     if constexpr (kState == ElementState::kCell) {
       store(row.cell + j, state, count);
       if (row.cells != nullptr) store(row.cells + j, state, count);
     }
-    if (shape_.projected) {
+    if (Cell::kProjects && shape_.projected) {
       store(row.activation + j, h, count);
     } else {
       leave(row, j, h, count);

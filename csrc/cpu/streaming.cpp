@@ -59,7 +59,7 @@ void check_layers(CellKind kind, const std::vector<StreamingWeights<T>>& layers,
     require(w.w_ih != nullptr && w.w_hh != nullptr, "a layer needs w_ih and w_hh");
     require((w.b_ih == nullptr) == (w.b_hh == nullptr), "a layer has both biases or neither");
     require((w.w_hr == nullptr) != shape.projected, "a projected layer, and no other, has w_hr");
-    require(!shape.projected || kind == CellKind::kLstm, "only the LSTM has a projection");
+    require(!shape.projected || traits(kind).projects, "only the LSTM has a projection");
     require(shape.projected || shape.outputs == shape.units, "outputs and units differ only in a projected layer");
     require(l == 0 || shape.inputs == layers[l - 1].shape.outputs, "a layer's input is the output of the one below");
     // sums of 65,536 products of 8 bits fit 32

@@ -20,7 +20,7 @@ class StreamingLayer {
   static constexpr int kVectors = kGates * kUnitVectors;
   static constexpr int kSeparateVectors = kSeparate * kUnitVectors;
   static constexpr int64_t kUnits = kUnitVectors * kLanes;  // of a block
-  static constexpr int kRowsOfTile = 4;  // sessions have few rows
+  static constexpr int kRowsOfTile = std::min(4, max_rows(kVectors));  // sessions have few rows
   static constexpr int kOutputVectors = 4;  // of a block of the projection
   static constexpr int64_t kOutputs = kOutputVectors * kLanes;
   static constexpr ElementState kState = Cell::kState;
@@ -72,7 +72,7 @@ class StreamingLayer {
     const Layout layout(s.shape);
     const char* packed = static_cast<const char*>(s.packed);
     char* quantised = static_cast<char*>(s.quantised);
-    const int64_t inputs = padded(s.shape.inputs), outputs = padded(s.shape.outputs), units = padded(s.shape.units);
+    const int64_t inputs = padded(s.shape.inputs), outputs = padded(s.shape.outputs);
     for_row_tiles<kRowsOfTile>(s.batch, [&]<int kRows>(RowTile tile) {
       const int64_t row = tile.first;
       Operand x[kRows], h[kRows];
@@ -86,8 +86,17 @@ class StreamingLayer {
         units_block<kRows>(s, layout, packed + b * layout.block, x, h, row, b * kUnits);
       }
     });
-    if (!s.shape.projected) return;
-    packed += layout.blocks * layout.block;
+    if constexpr (Cell::kProjects) {
+      if (s.shape.projected) project(s, layout);
+    }
+  }
+
+ private:
+  // The second phase: h = W_hr (o tanh(c)).
+  static void project(const StreamingStep<T>& s, const Layout& layout) {
+    const char* packed = static_cast<const char*>(s.packed) + layout.blocks * layout.block;
+    char* quantised = static_cast<char*>(s.quantised);
+    const int64_t outputs = padded(s.shape.outputs), units = padded(s.shape.units);
     for_row_tiles<kRowsOfTile>(s.batch, [&]<int kRows>(RowTile tile) {
       const int64_t row = tile.first;
       Operand activation[kRows];
@@ -110,7 +119,6 @@ class StreamingLayer {
     });
   }
 
- private:
   // What lies beyond `size` stays zero: it is multiplied with zero weights, and must be no NaN.
   static FASTRNN_INLINE void leave(T* row, V value, int64_t j, int64_t size) {
     if (j < size) store(row + j, value, size - j);

@@ -12,11 +12,11 @@ namespace fastrnn {
 inline namespace CPU_CAPABILITY {
 
 // Rows of a tile of `vectors` columns: accumulators fill the registers, but for the weights and one broadcast.
-constexpr int max_rows(int vectors) { return (kVectorRegisters == 32 ? 24 : 12) / vectors; }
+constexpr int max_rows(int vectors) { return std::max(1, kAccumulators / vectors); }
 
 // A few rows leave the adders idle for the latency of an FMA; more partial sums over k keep them busy.
 constexpr int partial_sums(int rows, int vectors) {
-  const int room = (kVectorRegisters == 32 ? 24 : 12) / (rows * vectors);
+  const int room = kAccumulators / (rows * vectors);
   return room >= 4 ? 4 : room >= 2 ? 2 : 1;
 }
 

@@ -12,12 +12,16 @@ inline namespace CPU_CAPABILITY {
 template <class T>
 using Vec = at::vec::Vectorized<T>;
 
-// Registers that a tile may fill with accumulators, weights and one broadcast.
+// Vectors that a tile may keep in registers: accumulators, weights and one broadcast. The portable vector is 32 bytes
+// wide, two registers of the x86 baseline.
 #if defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__)
 inline constexpr int kVectorRegisters = 32;
-#else
+#elif defined(CPU_CAPABILITY_AVX2)
 inline constexpr int kVectorRegisters = 16;
+#else
+inline constexpr int kVectorRegisters = 8;
 #endif
+inline constexpr int kAccumulators = kVectorRegisters * 3 / 4;
 
 template <class T>
 FASTRNN_INLINE Vec<T> load(const T* p, int64_t count) {

@@ -30,12 +30,13 @@ struct CellTraits {
   int saved = 0;           // columns of the reserve, in units of H
   int states = 0;          // h, and c where there is one
   bool carries_h = false;  // part of a step's gradient flows to h_{t-1} element by element
+  bool projects = false;   // a layer may have a projection
 };
 
 template <class... Cells>
 constexpr std::array<CellTraits, sizeof...(Cells)> traits_of(CellList<Cells...>) {
   return {CellTraits{Cells::kGates, Cells::kSeparate, Cells::kSaved, kStates<Cells>,
-                     Cells::kState == ElementState::kHidden}...};
+                     Cells::kState == ElementState::kHidden, Cells::kProjects}...};
 }
 inline constexpr auto kCellTraits = traits_of(AllCells());
 

@@ -5,6 +5,7 @@
 //   kSeparate   how many of the last gates keep their recurrent part apart from their input part (0: all gates add)
 //   kSaved      columns of the reserve, in units of H; the first kGates hold the input projection before the step
 //   kState      the state that enters a step element by element, beside the recurrent projection
+//   kProjects   a layer may project its output (P < H): a second phase of the step
 //   forward(gate, state, saved) -> h
 //     gate[kGates + kSeparate]  pre-activations; behind the gates, the recurrent parts of the separate ones
 //     state                     in: the element state of t-1; out: that of t (kCell only)

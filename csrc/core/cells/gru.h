@@ -16,6 +16,7 @@ struct GruCell {
   static constexpr int kSeparate = 1;
   static constexpr int kSaved = 4;  // r z n q
   static constexpr ElementState kState = ElementState::kHidden;
+  static constexpr bool kProjects = false;
 
   template <class V>
   static FASTRNN_INLINE V forward(const V (&gate)[4], V& h_previous, V (&saved)[4]) {

@@ -15,6 +15,7 @@ struct LstmCell {
   static constexpr int kSeparate = 0;
   static constexpr int kSaved = 5;  // i f g o c; tanh(c) is computed again
   static constexpr ElementState kState = ElementState::kCell;
+  static constexpr bool kProjects = true;
 
   template <class V>
   static FASTRNN_INLINE V forward(const V (&gate)[4], V& c, V (&saved)[5]) {

@@ -12,6 +12,7 @@ struct RnnCell {
   static constexpr int kSeparate = 0;
   static constexpr int kSaved = 1;  // h
   static constexpr ElementState kState = ElementState::kNone;
+  static constexpr bool kProjects = false;
 
   template <class V>
   static FASTRNN_INLINE V forward(const V (&gate)[1], V&, V (&saved)[1]) {
