@@ -37,7 +37,7 @@ PYTEST := $(PY) -m pytest -n auto --maxprocesses=4
 # $(call remember,VALUE): the target changes, and so its dependents run, only when VALUE does.
 remember = printf '%s\n' '$(1)' | cmp -s - $@ || printf '%s\n' '$(1)' > $@
 
-.PHONY: help build bench test test-full race lint test-cpp test-python cuda-link format clean FORCE
+.PHONY: help build bench bench-full test test-full race lint test-cpp test-python cuda-link format clean FORCE
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,9 @@ build: $(VENV)/.built ## Build the package into .venv
 
 bench: $(VENV)/.bench ## Train a language model with torch.nn and with fastrnn, then time every named case (bench/out/)
 	$(PY) -m bench all
+
+bench-full: $(VENV)/.dev ## Time all cases, threads and dtypes against every peer and the machine's limits (half an hour)
+	$(PY) -m bench full
 
 test: lint test-cpp test-python ## Check format and lint, run the C++ and the Python tests on both backends
 

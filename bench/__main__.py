@@ -12,6 +12,11 @@ from typing import Any
 
 from rich.console import Console
 
+# Threads of torch's OpenMP spin for some 15 ms after a call, on cores that the next one in turn needs for threads of
+# its own: another runtime's, or those of the machine's limits. Half a millisecond still joins one call to the next.
+if {"full", "--peer", "--limits"} & set(sys.argv):
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 from bench import cases
 
 BACKENDS = ("auto", "native", "python")
@@ -27,10 +32,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=("layers", "charlm", "streaming", "all"),
+        choices=("layers", "charlm", "streaming", "all", "full"),
         default="layers",
         help="layers: the rows selected below (default); charlm: train the language model; streaming: one step at a "
-        "time, by sessions; all: layers and charlm, within --total seconds, written to --out",
+        "time, by sessions; all: layers and charlm, within --total seconds, written to --out; full: every case, also "
+        "at odd sizes, on one and on all threads, in float32 and bfloat16, against every peer and the machine's limits",
     )
     parser.add_argument("--cell", nargs="+", choices=cases.CELLS, default=list(cases.CELLS))
     parser.add_argument("--case", nargs="+", metavar="NAME", help="names or patterns such as 'stream-*' (default: all)")
@@ -38,13 +44,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mode", nargs="+", choices=cases.MODES, default=list(cases.MODES))
     parser.add_argument("--threads", nargs="+", type=int, default=[0], help="thread counts; 0: all (default)")
     parser.add_argument("--backend", choices=BACKENDS, help="sets FASTRNN_BACKEND")
-    parser.add_argument("--peer", nargs="+", choices=("onnxruntime", "openvino"), default=[], help="in inference")
+    parser.add_argument("--peer", nargs="+", choices=cases.PEERS, default=[], help="in inference")
     parser.add_argument("--budget", type=float, default=1.0, help="seconds for each row (default 1; at least 5 rounds)")
-    parser.add_argument("--total", type=float, default=270.0, help="seconds for all that 'all' does (default 270)")
+    parser.add_argument(
+        "--total", type=float, help="seconds for all that 'all' (default 270) or 'full' (default 1800) does"
+    )
+    parser.add_argument("--limits", action="store_true", help="measure the machine's limits beside float32 rows")
     parser.add_argument("--quick", action="store_true", help="a language model of a few seconds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE as well")
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="where 'all' writes (default bench/out), and streaming if given"
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="where 'all' and 'full' write (default bench/out), and streaming if given",
     )
     return parser.parse_args(arguments)
 
@@ -68,6 +80,13 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
     if options.what == "streaming":
         return run_streaming(options, console, info)
+    if options.what == "full":
+        from bench import full
+
+        written = full.run(
+            options.total or 1800.0, options.out or report.OUT, options.case, options.cell, console, info
+        )
+        return console.print("Written: " + ", ".join(str(path) for path in written))
 
     language_model = None
     if options.what in ("all", "charlm"):
@@ -78,9 +97,15 @@ def run(options: argparse.Namespace, console: Console) -> None:
     rows: list[table.Row] = []
     if options.what in ("all", "layers"):
         selection = table.Selection(
-            cases.select(options.case), options.cell, options.mode, options.dtype, options.threads, options.peer
+            cases.select(options.case),
+            options.cell,
+            options.mode,
+            options.dtype,
+            options.threads,
+            options.peer,
+            options.limits,
         )
-        total = options.total - (time.perf_counter() - begin) if options.what == "all" else None
+        total = (options.total or 270.0) - (time.perf_counter() - begin) if options.what == "all" else None
         rows = table.measure_table(selection, console, budget=options.budget, total=total)
         table.show(rows, console)
 
@@ -115,10 +140,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console = Console(width=110)
     try:
         cases.select(options.case)
-        if options.peer:
+        if peers := cases.PEERS if options.what == "full" else options.peer:
             from bench.peers import require_peer
 
-            for peer in options.peer:
+            for peer in peers:
                 require_peer(peer)
     except (ValueError, RuntimeError) as error:
         console.print(f"bench: {error}", style="bold red", markup=False)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 CELLS = ("rnn", "lstm", "gru")
 MODES = ("inference", "training")
+PEERS = ("onnxruntime", "openvino")  # in inference, float32
 GATES = {"rnn": 1, "lstm": 4, "gru": 3}
 
 RESET_PROBABILITY = 0.03
@@ -62,6 +63,18 @@ class Case:
         forward = 2.0 * rows * GATES[cell] * self.hidden_size * (self.input_size + self.hidden_size)
         return forward * (3.0 if mode == "training" else 1.0)
 
+    def weights(self, cell: str) -> int:
+        """Elements of W_ih and W_hh."""
+        return GATES[cell] * self.hidden_size * (self.input_size + self.hidden_size)
+
+    def weight_bytes(self, cell: str, mode: str) -> float:
+        """Bytes of float32 weights that one call moves at least: W_ih once, W_hh at every step; training reads both
+        twice as often, and writes a gradient of each.
+        """
+        once = 4.0 * self.weights(cell)
+        steps = once + 4.0 * (self.steps - 1) * GATES[cell] * self.hidden_size**2
+        return steps if mode == "inference" else 2 * steps + once
+
     @property
     def shape(self) -> str:
         """The sizes as one reads them in a table."""
@@ -90,8 +103,20 @@ CASES: tuple[Case, ...] = (
 )
 
 
+# Shapes that nobody's table has: odd sizes, inputs of another width, long and wide ones.
+ODD_CASES: tuple[Case, ...] = (
+    Case("odd-1", 1, 1000, 40, 129, "a long sequence"),
+    Case("odd-3", 3, 200, 80, 257, "three long sequences"),
+    Case("odd-7", 7, 33, 129, 67, "odd sizes"),
+    Case("odd-17", 17, 50, 100, 300, "odd sizes"),
+    Case("odd-33", 33, 33, 513, 385, "odd sizes"),
+    Case("odd-65", 65, 100, 3, 17, "a small hidden state"),
+    Case("odd-512", 512, 16, 256, 128, "a wide batch"),
+)
+
+
 def select(patterns: list[str] | None) -> list[Case]:
-    """The cases whose names match any of the shell patterns (``stream-*``), in the table's order; None: all.
+    """The cases whose names match any of the shell patterns (``stream-*``), in the table's order; None: `CASES`.
 
     Raises
     ------
@@ -100,7 +125,8 @@ def select(patterns: list[str] | None) -> list[Case]:
     """
     if patterns is None:
         return list(CASES)
+    every = CASES + ODD_CASES
     for pattern in patterns:
-        if not any(fnmatchcase(case.name, pattern) for case in CASES):
-            raise ValueError(f"no case matches {pattern!r}; the cases are {', '.join(case.name for case in CASES)}")
-    return [case for case in CASES if any(fnmatchcase(case.name, pattern) for pattern in patterns)]
+        if not any(fnmatchcase(case.name, pattern) for case in every):
+            raise ValueError(f"no case matches {pattern!r}; the cases are {', '.join(case.name for case in every)}")
+    return [case for case in every if any(fnmatchcase(case.name, pattern) for pattern in patterns)]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from bench import timing
-from bench.cases import Case
+from bench import limits, timing
+from bench.cases import PEERS, Case
 
 CLASSES = {"rnn": "RNN", "lstm": "LSTM", "gru": "GRU"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -145,6 +145,13 @@ def _plain(name: str, module: nn.RNNBase, problem: Problem, **kwargs: Tensor) ->
     )
 
 
+def _whole(name: str, module: nn.RNNBase, problem: Problem) -> TrainableVariant:
+    """The same shape without lengths or resets: what they cost is the difference. Compared with nothing but itself."""
+    variant = _plain(name, module, problem)
+    variant.grad_output, variant.expected = problem.grad_output, name
+    return variant
+
+
 def _packed(name: str, module: nn.RNNBase, problem: Problem) -> TrainableVariant:
     """A PackedSequence, packed beforehand: packing is the data loader's work."""
     packed = pack_padded_sequence(problem.input, problem.case.lengths())
@@ -187,13 +194,14 @@ def variants(problem: Problem) -> list[TrainableVariant]:
     module.load_state_dict(reference.state_dict())
     if problem.case.ragged:
         with_lengths = _plain("fastrnn-lengths", module, problem, lengths=problem.case.lengths())
-        return [_packed("torch", reference, problem), _packed("fastrnn", module, problem), with_lengths]
+        padded = _whole("fastrnn-padded", module, problem)
+        return [_packed("torch", reference, problem), _packed("fastrnn", module, problem), with_lengths, padded]
     if problem.case.resets:
         # torch.nn has no resets: its time is that of the plain call, which does less and gives another result. What
         # gives the same result is a loop over the steps, timed beside it.
         ours, loop = _plain("fastrnn", module, problem, reset=problem.reset), _stepwise(reference, problem)
         ours.expected = loop.expected = loop.name
-        return [_plain("torch", reference, problem), ours, loop]
+        return [_plain("torch", reference, problem), ours, loop, _whole("fastrnn-plain", module, problem)]
     return [_plain("torch", reference, problem), _plain("fastrnn", module, problem)]
 
 
@@ -241,11 +249,20 @@ class Row:
     ratio: float  # torch over fastrnn, minima
     median_ratio: float  # torch over fastrnn, median of the rounds
     peer_ratios: dict[str, float] = field(default_factory=dict)  # other variants over fastrnn, minima
+    limit: float | None = None  # part of what the machine can do: its least time for the work over fastrnn's, minima
+    bound: str = ""  # what sets that least time: multiply-add or load
+    flops_per_second: float | None = None  # of this machine in this row
+    bytes_per_second: float | None = None  #
 
     @property
     def regression(self) -> bool:
         """Whether fastrnn is the slower one."""
         return self.ratio < 1
+
+    @property
+    def best_ratio(self) -> float:
+        """Time of the fastest other library (torch.nn, further runtimes) over that of fastrnn."""
+        return min([self.ratio, *(ratio for name, ratio in self.peer_ratios.items() if name in PEERS)])
 
 
 def measure(
@@ -259,10 +276,12 @@ def measure(
     budget: float = 1.0,
     limit: float = math.inf,
     device: torch.device | str = "cpu",
+    against_limits: bool = False,
 ) -> Row:
     """Check and time one row; see `bench.timing.compare` for ``budget`` and ``limit`` (seconds).
 
-    ``peers`` are further runtimes, timed in inference with float32 only, as they offer no more.
+    ``peers`` are further runtimes, timed in inference with float32 only, as they offer no more. ``against_limits``
+    measures in the same rounds what the machine can do in float32.
     """
     with timing.threads(thread_count) as count:
         problem = make_problem(case, cell, DTYPES[dtype], device)
@@ -275,9 +294,14 @@ def measure(
         # The mode is entered once, outside the samples: entering it costs as much as a tenth of the shortest call.
         with torch.inference_mode(mode == "inference"):
             functions = {run.name: run.forward if mode == "inference" else run.train for run in runs}
+            machine = None
+            if against_limits and dtype == "float32":
+                capability = load_fastrnn().build_info()["cpu_capability"]
+                machine = limits.Limits(case, cell, mode, count, capability)
+                functions |= machine.functions
             comparison = timing.compare(functions, budget=budget, limit=limit, clock=timing.clock_for(device))
     others = [run.name for run in runs if run.name not in ("torch", "fastrnn")]
-    return Row(
+    row = Row(
         cell=cell,
         case=case.name,
         shape=case.shape,
@@ -290,3 +314,8 @@ def measure(
         median_ratio=comparison.median_ratio("torch", "fastrnn"),
         peer_ratios={name: comparison.ratio_of_minima(name, "fastrnn") for name in others},
     )
+    if machine:
+        least, row.bound = machine.seconds(comparison.timings)
+        row.limit = least / comparison.timings["fastrnn"].minimum
+        row.flops_per_second, row.bytes_per_second = machine.rates(comparison.timings)
+    return row

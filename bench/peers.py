@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from bench.layers import Problem, Variant
 
-PEERS = ("onnxruntime", "openvino")
-
 # Where ONNX's gates (LSTM: i, o, f, c; GRU: z, r, h) stand in torch's order (LSTM: i, f, g, o; GRU: r, z, n).
 GATE_ORDER = {"rnn": (0,), "lstm": (0, 3, 1, 2), "gru": (1, 0, 2)}
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from bench import charlm
-from bench.cases import CASES, CELLS, MODES
+from bench.cases import CASES, CELLS, MODES, ODD_CASES
 from bench.layers import Row, load_fastrnn
 from bench.timing import MIN_ROUNDS
 
@@ -71,7 +71,7 @@ def geomean(ratios: Iterable[float]) -> float:
 
 def by_cell(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """The rows of each cell that has any, each list in the order of the table of cases."""
-    order = {case.name: position for position, case in enumerate(CASES)}
+    order = {case.name: position for position, case in enumerate(CASES + ODD_CASES)}
     cells = {cell: [row for row in rows if row.cell == cell] for cell in CELLS}
     for group in cells.values():
         group.sort(key=lambda row: (row.dtype, -row.threads, order.get(row.case, len(order)), MODES.index(row.mode)))
@@ -142,13 +142,15 @@ def to_markdown(rows: Sequence[Row], info: dict[str, Any], language_model: charl
         modes = " | ".join(f"{means[mode]:.2f}" if mode in means else "" for mode in MODES)
         lines.append(f"| {cell.upper()} | **{means['all']:.2f}** | {modes} | {means['regressions']} |")
     for cell, group in by_cell(rows).items():
-        lines += ["", f"### {cell.upper()}", "", *_markdown_table(group)]
+        lines += ["", f"### {cell.upper()}", "", *markdown_table(group)]
     return "\n".join(lines) + "\n"
 
 
-def _markdown_table(group: Sequence[Row]) -> list[str]:
+def markdown_table(group: Sequence[Row]) -> list[str]:
     words = ["case", "shape", "mode", "dtype"]
     numbers = ["threads", "torch ms", "fastrnn ms", "ratio", "paired", "rounds"]
+    if with_limit := any(row.limit for row in group):
+        numbers.append("of limit")
     lines = [
         f"| {' | '.join([*words, *numbers])} | others over fastrnn |",
         "|---" * len(words) + "|--:" * len(numbers) + "|---|",
@@ -156,9 +158,10 @@ def _markdown_table(group: Sequence[Row]) -> list[str]:
     for row in group:
         times = " | ".join(f"{1e3 * row.seconds[name]['min']:.4g}" for name in ("torch", "fastrnn"))
         ratio = f"**{row.ratio:.2f} ▼**" if row.regression else f"{row.ratio:.2f}"
+        share = f"{row.limit:.0%} ({row.bound}) | " if row.limit else " | " * with_limit
         lines.append(
             f"| {row.case} | {row.shape} | {row.mode} | {row.dtype} | {row.threads} | {times} | {ratio} | "
-            f"{row.median_ratio:.2f} | {row.rounds} | {describe_peers(row)} |"
+            f"{row.median_ratio:.2f} | {row.rounds} | {share}{describe_peers(row)} |"
         )
     return lines
 

@@ -30,6 +30,7 @@ class Selection:
     dtypes: Sequence[str] = ("float32",)
     threads: Sequence[int] = (0,)
     peers: Sequence[str] = field(default_factory=tuple)
+    against_limits: bool = False
 
     def rows(self) -> list[tuple[Case, str, str, str, int]]:
         """Case, cell, mode, dtype and threads of each row, the most work first."""
@@ -78,6 +79,7 @@ def measure_table(
                     peers=selection.peers,
                     budget=budget,
                     limit=limit,
+                    against_limits=selection.against_limits,
                 )
             )
         progress.update(task, completed=len(planned), row="")
@@ -93,14 +95,16 @@ def show(rows: Sequence[Row], console: Console) -> None:
         table = Table(title=cell.upper() + fixed)
         for name in ("case", "shape", "mode", *varied):
             table.add_column(name, no_wrap=True)
-        for name in ("torch ms", "fastrnn ms", "ratio", "paired", "rounds"):
+        with_limit = ("of limit",) if any(row.limit for row in group) else ()
+        for name in ("torch ms", "fastrnn ms", "ratio", "paired", "rounds", *with_limit):
             table.add_column(name, justify="right", no_wrap=True, min_width=6)
         for row in group:
             labels = (row.case, row.shape, row.mode, *(str(getattr(row, name)) for name in varied))
             mark = " ▼" if row.regression else "  "
             numbers = (_milliseconds(row, "torch"), _milliseconds(row, "fastrnn"), f"{row.ratio:.2f}{mark}")
             style = "bold red" if row.regression else None
-            table.add_row(*labels, *numbers, f"{row.median_ratio:.2f}", str(row.rounds), style=style)
+            share = (f"{row.limit:.0%}" if row.limit else "",) if with_limit else ()
+            table.add_row(*labels, *numbers, f"{row.median_ratio:.2f}", str(row.rounds), *share, style=style)
             for name, ratio in row.peer_ratios.items():
                 blanks = ("",) * (1 + len(varied))
                 table.add_row("", f"  {name}", *blanks, _milliseconds(row, name), "", f"{ratio:.2f}  ", style="dim")

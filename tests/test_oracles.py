@@ -17,7 +17,8 @@ from tolerance import check, worst
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # the benchmarks are no part of the installed package
 
-from bench.peers import PEERS, peer_runner, recurrent_graph
+from bench.cases import PEERS
+from bench.peers import peer_runner, recurrent_graph
 
 SIZES = [(3, 3, 17, 17), (17, 1, 3, 129), (1, 17, 129, 3), (129, 3, 1, 3), (17, 17, 3, 1), (17, 17, 17, 17)]
 CASES = [

@@ -11,9 +11,15 @@ constexpr double kRegionMicroseconds = 4;     // to open a parallel region
 constexpr double kBarrierMicroseconds = 0.3;  // one barrier, the other core a little late
 constexpr int64_t kNaturalRows = 4;           // dot products read the weights once a row: few rows only
 constexpr int64_t kOwnRows = 16;  // of a member, from which it uses the weights often enough to have all of them
-constexpr int64_t kFusedRows = 8;  // from here on, a step reuses w_ih enough to multiply x within the tiles
+// From so many rows on, a step reuses w_ih enough to multiply x within the tiles. Where the weights come from beyond L2
+// at every step it takes more of them, by the part of them that is w_ih.
+constexpr int64_t kFusedRows = 12, kFusedRowsBeyondL2 = 32;
 constexpr int64_t kNarrowInput = 8;  // fewer columns than a GEMM is good for
 constexpr int64_t kUnitsPerShare = 16;  // what a member must get of the units to be of use
+
+int64_t weight_bytes(const CpuProblem& p) {
+  return p.gates * p.shape.units * (p.shape.inputs + p.shape.outputs) * p.element_size;
+}
 
 void share_work(const CpuProblem& p, const CpuMachine& machine, CpuPlan& plan) {
   const LayerShape& s = p.shape;
@@ -33,9 +39,8 @@ void share_work(const CpuProblem& p, const CpuMachine& machine, CpuPlan& plan) {
   if (p.directions == 2) plan.threads = 2;
   if (per_direction == 1) return;
 
-  const int64_t weight_bytes = p.gates * s.units * (s.inputs + s.outputs) * p.element_size;
   const bool enough_rows = p.batch >= per_direction * kOwnRows;
-  const bool weights_fit = weight_bytes <= machine.l2_bytes / 2;
+  const bool weights_fit = weight_bytes(p) <= machine.l2_bytes / 2;
   const int unit_shares = static_cast<int>(std::min<int64_t>(per_direction, s.units / kUnitsPerShare));
   const double barriers = kBarrierMicroseconds * (s.projected ? 2 : 1);
   const bool units_pay = unit_shares > 1 && step / unit_shares + barriers < 0.9 * step;
@@ -61,8 +66,11 @@ CpuPlan plan_cpu(const CpuProblem& p, const CpuMachine& machine) {
   }
   share_work(p, machine, plan);
   if (!p.backward && plan.recurrent == Recurrent::kPacked) {
-    const int sharing = plan.shard_units ? 1 : std::max(1, plan.threads / p.directions);
-    plan.fused_input = p.batch / sharing >= kFusedRows || (p.shape.inputs <= kNarrowInput && p.batch > 1);
+    const int members = std::max(1, plan.threads / p.directions);
+    const int64_t rows = p.batch / (plan.shard_units ? 1 : members);
+    const bool fit = weight_bytes(p) / (plan.shard_units ? members : 1) <= machine.l2_bytes;
+    const int64_t enough = fit ? kFusedRows : kFusedRowsBeyondL2 * p.shape.inputs / (p.shape.inputs + p.shape.outputs);
+    plan.fused_input = rows >= std::max(kFusedRows, enough) || (p.shape.inputs <= kNarrowInput && p.batch > 1);
   }
   return plan;
 }
