@@ -155,7 +155,7 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
   template <int kRows, bool kProjected>
   void hidden_tile(const Row* all_rows, RowTile tile, int64_t block, int64_t next, const Chunk& chunk) const {
     const Row* rows = all_rows + tile.first;
-    const int64_t outputs = shape_.outputs, units = shape_.units;
+    const int64_t units = shape_.units;
     T* partial = s_.partial + (place_.member * rows_.batch + tile.first) * kWidth;
     V sum[kRows][kVectors];
     const T* gates[kRows];
@@ -175,17 +175,21 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
       for (int r = 0; r < kRows; ++r) gates[r] += together + kSeparate * units;
       accumulate<kRows, kVectors, T>(sum, w.template from<kVectors>(together), gates, chunk.depth() - together);
     }
-    if (!chunk.last) {
-      store_tile(partial, sum);
-      return;
-    }
-#pragma GCC unroll 32
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 32
+    store_tile(partial, sum);
+    if (chunk.last) hidden_sums<kProjected>(rows, kRows, partial, block);
+  }
+
+  // What follows on the sums of a tile, [rows][kVectors][lanes]. A loop of its own: unrolled within each tile it would be
+  // more code than the processor keeps decoded.
+  template <bool kProjected>
+  [[gnu::noinline]] void hidden_sums(const Row* rows, int64_t row_count, const T* sums, int64_t block) const {
+#pragma GCC unroll 1
+    for (int64_t r = 0; r < row_count; ++r, sums += kWidth) {
+#pragma GCC unroll 1
       for (int v = 0; v < kVectors; ++v) {
-        const int64_t j = block * kWidth + v * kLanes, count = outputs - j;
-        if (count <= 0) continue;
-        const V grad_h = sum[r][v] + incoming(rows[r], j, count);
+        const int64_t j = block * kWidth + v * kLanes, count = shape_.outputs - j;
+        if (count <= 0) break;
+        const V grad_h = V::loadu(sums + v * kLanes) + incoming(rows[r], j, count);
         if constexpr (kProjected) {
           store(rows[r].grad_projected + j, grad_h, count);
         } else {

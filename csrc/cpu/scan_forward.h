@@ -227,21 +227,27 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) a[r] = rows[r].h + k;
     accumulate<kRows, kVectors, T>(sum, w.template from<kVectors>(inputs), a, chunk.depth() - inputs);
-    if (!chunk.last) {
-      store_tile(partial, sum);
-      if constexpr (kInputParts > 0) store_tile(partial + kRows * kVectors * kLanes, input_part);
-      return;
-    }
-#pragma GCC unroll 32
-    for (int r = 0; r < kRows; ++r) {
+    store_tile(partial, sum);
+    if constexpr (kInputParts > 0) store_tile(partial + kRows * kVectors * kLanes, input_part);
+    if (chunk.last) cells<kFused>(rows, kRows, partial, begin);
+  }
+
+  // The cell on the sums of a tile: [rows][kVectors][lanes], and behind them, fused, the input's part of separate gates.
+  // A loop of its own: unrolled within each tile it would be more code than the processor keeps decoded.
+  template <bool kFused>
+  [[gnu::noinline]] void cells(const Row* rows, int64_t row_count, const T* sums, int64_t begin) const {
+    const int64_t units = shape_.units;
+    const T* input_parts = sums + row_count * kVectors * kLanes;
+#pragma GCC unroll 1
+    for (int64_t r = 0; r < row_count; ++r, sums += kVectors * kLanes, input_parts += kSeparateVectors * kLanes) {
 #pragma GCC unroll 32
       for (int u = 0; u < kUnitVectors; ++u) {
         const int64_t j = begin + u * kLanes, count = units - j;
-        if (count <= 0) continue;
+        if (count <= 0) break;
         V gate[kGates + kSeparate];
 #pragma GCC unroll 32
         for (int g = 0; g < kGates; ++g) {
-          V product = sum[r][g * kUnitVectors + u];
+          V product = V::loadu(sums + (g * kUnitVectors + u) * kLanes);
           if (!kFused && rows[r].product != nullptr) {
             product = product + load(rows[r].product + g * units + j, count);
           }
@@ -250,7 +256,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
           if (g < kAdding) {
             gate[g] = input + product;
           } else {
-            gate[g] = kFused ? input + input_part[r][(g - kAdding) * kUnitVectors + u] : input;
+            gate[g] = kFused ? input + V::loadu(input_parts + ((g - kAdding) * kUnitVectors + u) * kLanes) : input;
             gate[g + kSeparate] = bias(g + kSeparate, j, count) + product;
           }
         }

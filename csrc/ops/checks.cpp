@@ -84,8 +84,7 @@ Layout check_layer(CellKind kind, const Tensor& input, TensorList hx, TensorList
               per_direction);
   l.biases = per_direction >= 4;
   l.projected = per_direction % 2 == 1;
-  TORCH_CHECK(!l.projected || traits(kind).projects, "Only the LSTM has a projection, got ", per_direction,
-              " weights");
+  TORCH_CHECK(!l.projected || traits(kind).projects, "Only the LSTM has a projection, got ", per_direction, " weights");
   TORCH_CHECK(hx.empty() || hx.size() == static_cast<size_t>(cell.states), "Expected ", cell.states,
               " initial states or none, got ", hx.size());
   for (const Tensor& w : weights) TORCH_CHECK(w.defined(), "Expected weights, got an undefined tensor");
