@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _ops, reference
+from . import _ops, _tuned, reference
 
 BACKENDS = ("auto", "native", "python")
 CPU_CAPABILITIES = ("avx512", "avx2", "default")
@@ -60,6 +60,7 @@ def _load() -> None:
     _ops.register({cell: spec.states for cell, spec in reference.CELLS.items()})
     _native_ops = {cell: getattr(torch.ops.fastrnn, f"{cell}_layer").default for cell in reference.CELLS}
     native_cuda = bool(extension.build_info().get("cuda", False))
+    _tuned.load(extension, native_cuda)
     native = extension
 
 

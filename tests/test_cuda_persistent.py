@@ -77,10 +77,9 @@ def test_lengths_and_resets(case, which, place):
     test_features.compare_apart(case, which, "one thread", place.device)
 
 
-def plans(case, backward):
-    return fastrnn._C.cuda_plans(
-        case.kind, case.steps, case.batch, case.hidden, case.directions, training=True, backward=backward
-    )[:-1]
+def plans(case, backward, device):
+    shape = (case.kind, case.steps, case.batch, case.hidden, case.directions)
+    return fastrnn._C.cuda_plans(*shape, training=True, backward=backward, device=device)[:-1]
 
 
 # Clusters of 1 to 16 blocks, both exchanges, every tile: the K-th plan forward and the K-th backward.
@@ -88,7 +87,8 @@ def plans(case, backward):
 @parametrize([Case("lstm", steps=4, batch=9, hidden=130), Case("gru", steps=3, batch=17, hidden=136)])
 def test_every_plan(case, index, place, monkeypatch):
     case = replace(case, dtype=DTYPES[index % 2])
-    counts = [len(plans(case, backward)) for backward in (False, True)]
+    device = "cuda" if place.device == "cuda" else "h200"
+    counts = [len(plans(case, backward, device)) for backward in (False, True)]
     assert max(counts) <= 24
     monkeypatch.setenv("FASTRNN_CUDA_PLAN", f"persistent:{min(index, min(counts) - 1)}")
     compare(case, "one thread", place.device)

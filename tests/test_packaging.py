@@ -124,8 +124,9 @@ def sdist(bare_python, tmp_path_factory):
 def test_sdist_holds_the_sources_and_nothing_built(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for needed in ("CMakeLists.txt", "Makefile", "LICENSE", "fastrnn/py.typed", "tools/native.py", "docs/design.md"):
-        assert needed in names
+    needed = ("CMakeLists.txt", "Makefile", "LICENSE", "tools/native.py", "docs/design.md")
+    for name in (*needed, "fastrnn/py.typed", "fastrnn/cuda_plans.csv"):
+        assert name in names
     for folder in ("csrc", "tests", "bench"):
         assert any(name.startswith(f"{folder}/") for name in names)
     assert not [name for name in names if re.search(r"\.so$|__pycache__|^build/|^\.venv|^bench/out", name)]
@@ -154,6 +155,6 @@ def test_pure_python_wheel(sdist, torch_python, tmp_path):
     )  # fmt: skip
     (wheel,) = tmp_path.glob("fastrnn-*-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
-        assert "fastrnn/py.typed" in archive.namelist()
+        assert {"fastrnn/py.typed", "fastrnn/cuda_plans.csv"} <= set(archive.namelist())
     run(torch_python, "-m", "pip", "install", "--no-deps", "--force-reinstall", wheel)
     run(torch_python, "-c", FORWARD, cwd=tmp_path, FASTRNN_BACKEND="python")

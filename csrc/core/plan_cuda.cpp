@@ -4,6 +4,8 @@
 #include <cmath>
 #include <stdexcept>
 
+#include "core/tuned_cuda.h"
+
 namespace fastrnn {
 namespace {
 
@@ -167,15 +169,30 @@ double stepwise_microseconds(const CudaProblem& p, const CudaDevice& device) {
   return 2 * kLaunchMicroseconds + bytes / (device.memory_gbps * 1e3);
 }
 
-CudaPlan plan_cuda(const CudaProblem& p, const CudaDevice& device, const std::string& wish) {
+namespace {
+
+// `plans` are the alternatives, the fastest by the model first.
+CudaPlan automatic_plan(const CudaProblem& p, const CudaDevice& device, const std::vector<CudaPlan>& plans,
+                        const TunedPlans* tuned) {
   constexpr int kCapability = 90;
+  if (p.steps <= 1 || plans.empty()) return {};
+  if (const TunedChoice* choice = tuned == nullptr ? nullptr : tuned->find(p, device)) {
+    if (choice->tier == Tier::kStepwise) return {};
+    const auto same = [&](const CudaPlan& plan) { return choice->is(plan); };
+    const auto found = std::find_if(plans.begin(), plans.end(), same);
+    // a row that an older model left behind chooses nothing: only what the model lists is known to fit
+    if (found != plans.end()) return *found;
+  }
+  const bool use = device.capability == kCapability && plans[0].step_microseconds < stepwise_microseconds(p, device);
+  return use ? plans[0] : CudaPlan{};
+}
+
+}  // namespace
+
+CudaPlan plan_cuda(const CudaProblem& p, const CudaDevice& device, const std::string& wish, const TunedPlans* tuned) {
   if (wish == "stepwise") return {};
   const std::vector<CudaPlan> plans = persistent_plans(p, device);
-  if (wish == "auto") {
-    const bool use = device.capability == kCapability && p.steps > 1 && !plans.empty() &&
-                     plans[0].step_microseconds < stepwise_microseconds(p, device);
-    return use ? plans[0] : CudaPlan{};
-  }
+  if (wish == "auto") return automatic_plan(p, device, plans, tuned);
   const std::string prefix = "persistent";
   if (wish == prefix) return plans.empty() ? CudaPlan{} : plans[0];
   const bool digits = wish.size() > prefix.size() + 1 && wish.size() < prefix.size() + 8 &&

@@ -44,9 +44,11 @@ enum class Exchange {
   kAsync,  // remote stores that count themselves in on an mbarrier of the receiver
   kClusterBarrier,  // remote stores and a barrier of the cluster: the reference
 };
+inline constexpr const char* kExchangeNames[] = {"block", "async", "cluster barrier"};
 
 // Who holds the recurrent weights for all T. A third tier, the whole GPU, will be one more value.
 enum class Tier { kStepwise, kBlock, kCluster };
+inline constexpr const char* kTierNames[] = {"stepwise", "block", "cluster"};
 
 struct CudaPlan {
   Tier tier = Tier::kStepwise;
@@ -114,10 +116,14 @@ constexpr int backward_register_steps(int row_tiles, int batch_groups) {
 // Every way to run a persistent scan on the device, the fastest by the model first; empty: none fits.
 std::vector<CudaPlan> persistent_plans(const CudaProblem& problem, const CudaDevice& device);
 
-// The fastest, stepwise included. `wish`: "auto" (persistent kernels only on the capability that they were written for,
-// and if the model has them faster), "stepwise", "persistent" (wherever one fits), or "persistent:K", the K-th of
-// persistent_plans. Throws std::invalid_argument for anything else.
-CudaPlan plan_cuda(const CudaProblem& problem, const CudaDevice& device, const std::string& wish);
+class TunedPlans;  // core/tuned_cuda.h
+
+// The fastest, stepwise included. `wish`: "auto" (what `tuned` has for this scan, if it still is one of the alternatives;
+// else by the model: persistent kernels only on the capability that they were written for, and if they are faster),
+// "stepwise", "persistent" (wherever one fits), or "persistent:K", the K-th of persistent_plans. Throws
+// std::invalid_argument for anything else.
+CudaPlan plan_cuda(const CudaProblem& problem, const CudaDevice& device, const std::string& wish,
+                   const TunedPlans* tuned = nullptr);
 
 // A step of the loop on the host: two launches, and the weights from memory or L2.
 double stepwise_microseconds(const CudaProblem& problem, const CudaDevice& device);

@@ -3,8 +3,10 @@
 #include <torch/version.h>
 
 #include "core/plan_cuda.h"
+#include "core/tuned_cuda.h"
 #include "cpu/kernels.h"
 #include "ops/ops.h"
+#include "ops/stepwise.h"
 #include "ops/streaming.h"
 
 namespace py = pybind11;
@@ -64,45 +66,66 @@ py::dict plan(const std::string& cell, int64_t steps, int64_t batch, int64_t inp
   return result;
 }
 
+// By name, or "cuda": the current one.
+CudaDevice device_of(const std::string& name) {
+#ifdef FASTRNN_CUDA
+  if (name == "cuda") return current_cuda_device();
+#endif
+  return cuda_device(name);
+}
+
+CudaProblem cuda_problem(const std::string& cell, int64_t steps, int64_t batch, int64_t hidden_size, int directions,
+                         int element_size, bool training, bool backward) {
+  const CellTraits& t = traits(kind_of(cell));
+  return {.gates = t.gates,
+          .separate = t.separate,
+          .saved = t.saved,
+          .steps = steps,
+          .batch = batch,
+          .units = hidden_size,
+          .directions = directions,
+          .element_size = element_size,
+          .training = training,
+          .backward = backward};
+}
+
+py::dict in_words(const CudaPlan& p, const CudaProblem& problem, const CudaDevice& device) {
+  py::dict plan;
+  plan["tier"] = kTierNames[static_cast<int>(p.tier)];
+  plan["exchange"] = kExchangeNames[static_cast<int>(p.exchange)];
+  plan["cluster"] = p.cluster;
+  plan["threads"] = p.threads;
+  plan["rows"] = kMatrixColumns * p.batch_groups;
+  plan["units"] = p.units;
+  plan["row_tiles"] = p.row_tiles;
+  plan["register_steps"] = p.register_steps;
+  plan["shared_steps"] = p.shared_steps;
+  plan["shared_bytes"] = p.shared_bytes;
+  plan["clusters"] = p.clusters;
+  plan["at_once"] = p.at_once;
+  const bool stepwise = p.tier == Tier::kStepwise;
+  plan["microseconds"] = stepwise ? stepwise_microseconds(problem, device) : p.step_microseconds;
+  return plan;
+}
+
 py::list cuda_plans(const std::string& cell, int64_t steps, int64_t batch, int64_t hidden_size, int directions,
                     int element_size, bool training, bool backward, const std::string& device_name) {
-  const CellTraits& t = traits(kind_of(cell));
-  const CudaProblem problem{
-      .gates = t.gates,
-      .separate = t.separate,
-      .saved = t.saved,
-      .steps = steps,
-      .batch = batch,
-      .units = hidden_size,
-      .directions = directions,
-      .element_size = element_size,
-      .training = training,
-      .backward = backward,
-  };
-  const CudaDevice device = cuda_device(device_name);
-  const auto add = [](py::list& to, const CudaPlan& p, double microseconds) {
-    static constexpr const char* kTiers[] = {"stepwise", "block", "cluster"};
-    static constexpr const char* kExchanges[] = {"block", "async", "cluster barrier"};
-    py::dict plan;
-    plan["tier"] = kTiers[static_cast<int>(p.tier)];
-    plan["exchange"] = kExchanges[static_cast<int>(p.exchange)];
-    plan["cluster"] = p.cluster;
-    plan["threads"] = p.threads;
-    plan["rows"] = kMatrixColumns * p.batch_groups;
-    plan["units"] = p.units;
-    plan["row_tiles"] = p.row_tiles;
-    plan["register_steps"] = p.register_steps;
-    plan["shared_steps"] = p.shared_steps;
-    plan["shared_bytes"] = p.shared_bytes;
-    plan["clusters"] = p.clusters;
-    plan["at_once"] = p.at_once;
-    plan["microseconds"] = microseconds;
-    to.append(std::move(plan));
-  };
+  const CudaDevice device = device_of(device_name);
+  const CudaProblem problem = cuda_problem(cell, steps, batch, hidden_size, directions, element_size, training,
+                                           backward);
   py::list all;
-  for (const CudaPlan& plan : persistent_plans(problem, device)) add(all, plan, plan.step_microseconds);
-  add(all, CudaPlan{}, stepwise_microseconds(problem, device));
+  for (const CudaPlan& plan : persistent_plans(problem, device)) all.append(in_words(plan, problem, device));
+  all.append(in_words(CudaPlan{}, problem, device));
   return all;
+}
+
+py::dict cuda_plan(const std::string& cell, int64_t steps, int64_t batch, int64_t hidden_size, int directions,
+                   int element_size, bool training, bool backward, const std::string& device_name,
+                   const std::string& wish) {
+  const CudaDevice device = device_of(device_name);
+  const CudaProblem problem = cuda_problem(cell, steps, batch, hidden_size, directions, element_size, training,
+                                           backward);
+  return in_words(plan_cuda(problem, device, wish, tuned_plans().get()), problem, device);
 }
 
 }  // namespace
@@ -123,4 +146,25 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("cell"), py::arg("steps"), py::arg("batch"), py::arg("hidden_size"), py::arg("directions") = 1,
         py::arg("element_size") = 2, py::arg("training") = false, py::arg("backward") = false,
         py::arg("device") = "h200");
+  m.def("cuda_plan", &cuda_plan,
+        "The one of cuda_plans that FASTRNN_CUDA_PLAN=wish chooses, the table of tuned plans consulted.",
+        py::arg("cell"), py::arg("steps"), py::arg("batch"), py::arg("hidden_size"), py::arg("directions") = 1,
+        py::arg("element_size") = 2, py::arg("training") = false, py::arg("backward") = false,
+        py::arg("device") = "h200", py::arg("wish") = "auto");
+  m.def(
+      "cuda_device",
+      [](const std::string& name) {
+        const CudaDevice device = device_of(name);
+        py::dict result;
+        result["capability"] = device.capability;
+        result["multiprocessors"] = device.multiprocessors;
+        return result;
+      },
+      "What a row of tuned plans knows of a device: one of the names, or 'cuda' for the current one.", py::arg("name"));
+  m.def(
+      "set_tuned_plans", [](const std::string& text) { set_tuned_plans(TunedPlans(text)); },
+      "Replace the table of tuned plans by the rows of a CSV text (docs/cuda.md); ValueError, and no change, if one of "
+      "them is wrong.",
+      py::arg("text"));
+  m.attr("TUNED_HEADER") = TunedPlans::kHeader;
 }

@@ -53,4 +53,7 @@ TORCH_LIBRARY_IMPL(fastrnn, CUDA, m) {
 }
 
 }  // namespace
+
+fastrnn::CudaDevice current_cuda_device() { return properties(c10::cuda::current_device()); }
+
 }  // namespace fastrnn

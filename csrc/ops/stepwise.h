@@ -14,6 +14,9 @@ struct Gpu {
   CudaDevice device;
 };
 
+// The current CUDA device; only in a build for CUDA.
+CudaDevice current_cuda_device();
+
 // The arguments of the ops, and where they run. What a persistent scan can do is left to it (ops/persistent.h).
 Tensors stepwise_layer(CellKind kind, const Gpu& gpu, const Tensor& input, TensorList hx, TensorList weights,
                        const OptionalTensor& lengths, const OptionalTensor& reset, const OptionalTensor& batch_sizes,

@@ -2,12 +2,15 @@
 // promises to hold, it holds.
 #include <algorithm>
 #include <initializer_list>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "check.h"
 #include "core/cells/all.h"
 #include "core/plan_cuda.h"
+#include "core/tuned_cuda.h"
 
 namespace fastrnn::test {
 namespace {
@@ -75,7 +78,9 @@ void test_table() {
               const CudaProblem problem = problem_of(static_cast<CellKind>(kind), units, batch, directions, backward);
               const auto plans = persistent_plans(problem, device);
               double before = 0;
+              std::set<std::tuple<Exchange, int, int, int>> choices;
               for (const CudaPlan& plan : plans) {
+                CHECK(choices.emplace(plan.exchange, plan.cluster, plan.batch_groups, plan.row_tiles).second);
                 check_fits(plan, problem, device);
                 CHECK(plan.step_microseconds >= before);
                 before = plan.step_microseconds;
@@ -96,10 +101,162 @@ void test_table() {
   CHECK(plans_seen > 5000 && clusters_seen > 1000);
 }
 
+bool same(const CudaPlan& a, const CudaPlan& b) {
+  return a.tier == b.tier && a.exchange == b.exchange && a.cluster == b.cluster && a.batch_groups == b.batch_groups &&
+         a.row_tiles == b.row_tiles;
+}
+
+std::string table_of(const std::string& rows) { return std::string(TunedPlans::kHeader) + "\n" + rows; }
+
+// A row of `scan` of an LSTM of 256 units and a batch of 8 on an H200, that chooses this plan.
+std::string row_of(const std::string& scan, const CudaPlan& plan) {
+  std::string row = "90,132,lstm,2," + scan + ",8,256,1," + kTierNames[static_cast<int>(plan.tier)] + ",";
+  row += std::string(kExchangeNames[static_cast<int>(plan.exchange)]) + "," + std::to_string(plan.cluster) + ",";
+  return row + std::to_string(8 * plan.batch_groups) + "," + std::to_string(plan.row_tiles) + "\n";
+}
+
+void test_tuned_rows() {
+  const CudaDevice h200 = cuda_device("h200");
+  for (const char* scan : {"inference", "training", "backward"}) {
+    CudaProblem lstm = problem_of(CellKind::kLstm, 256, 8, 1, scan == std::string("backward"));
+    lstm.training = scan != std::string("inference");
+    const auto plans = persistent_plans(lstm, h200);
+    CHECK(plans.size() > 4);
+    const CudaPlan best = plan_cuda(lstm, h200, "auto");
+    CHECK(same(best, plans[0]));
+    for (const CudaPlan& plan : plans) {
+      const TunedPlans tuned(table_of(row_of(scan, plan)));
+      CHECK(tuned.size() == 1);
+      const CudaPlan chosen = plan_cuda(lstm, h200, "auto", &tuned);
+      CHECK(same(chosen, plan) && chosen.shared_bytes == plan.shared_bytes && chosen.threads == plan.threads);
+      // a wish that names a plan is none that a table fulfils
+      CHECK(same(plan_cuda(lstm, h200, "persistent", &tuned), plans[0]));
+      CHECK(same(plan_cuda(lstm, h200, "persistent:1", &tuned), plans[1]));
+      CHECK(plan_cuda(lstm, h200, "stepwise", &tuned).tier == Tier::kStepwise);
+    }
+
+    // whatever the row does not speak of goes by the model
+    const TunedPlans last(table_of(row_of(scan, plans.back())));
+    const auto by_model = [&](const CudaProblem& p, const CudaDevice& device) {
+      const CudaPlan with = plan_cuda(p, device, "auto", &last), without = plan_cuda(p, device, "auto");
+      CHECK(same(with, without) && !same(with, plans.back()));
+    };
+    const auto changed = [&](auto change) {
+      CudaProblem other = lstm;
+      change(other);
+      by_model(other, h200);
+    };
+    changed([](CudaProblem& p) { p.batch = 9; });
+    changed([](CudaProblem& p) { p.units = 255; });
+    changed([](CudaProblem& p) { p.directions = 2; });
+    changed([](CudaProblem& p) { p.element_size = 4; });
+    changed([](CudaProblem& p) { p.steps = 1; });
+    changed([](CudaProblem& p) {
+      p.training = !p.training || p.backward;
+      p.backward = !p.backward;
+    });
+    CudaProblem gru = problem_of(CellKind::kGru, 256, 8, 1, lstm.backward);
+    gru.training = lstm.training;
+    by_model(gru, h200);
+    CudaDevice other = h200;
+    other.multiprocessors = 114;
+    by_model(lstm, other);
+    other = h200;
+    other.capability = 100;
+    by_model(lstm, other);
+    CHECK(same(plan_cuda({.gates = 4,
+                          .saved = lstm.saved,
+                          .steps = 7,
+                          .batch = 8,
+                          .units = 256,
+                          .training = lstm.training,
+                          .backward = lstm.backward},
+                         h200, "auto", &last),
+               plans.back()));  // any number of steps
+
+    // stepwise is a choice too
+    const std::string key = "90,132,lstm,2," + std::string(scan) + ",8,256,1,";
+    const TunedPlans stepwise(table_of(key + "stepwise,,,,\n"));
+    CHECK(best.tier != Tier::kStepwise && plan_cuda(lstm, h200, "auto", &stepwise).tier == Tier::kStepwise);
+    // and so is a plan on a capability that the model alone does not trust
+    CudaDevice b200 = cuda_device("b200");
+    const std::string elsewhere = row_of(scan, plans[1]).substr(6);
+    const TunedPlans of_b200(table_of("100,148" + elsewhere));
+    CHECK(plan_cuda(lstm, b200, "auto").tier == Tier::kStepwise);
+    CHECK(same(plan_cuda(lstm, b200, "auto", &of_b200), plans[1]));
+
+    // a row that no alternative has any more chooses nothing
+    for (const char* stale : {"cluster,async,32,8,2", "block,block,1,8,2", "cluster,async,16,24,2",
+                              "cluster,async,16,8,3", "cluster,cluster barrier,2,8,16"}) {
+      const TunedPlans tuned(table_of(key + stale + "\n"));
+      CHECK(tuned.find(lstm, h200) != nullptr);
+      CHECK(same(plan_cuda(lstm, h200, "auto", &tuned), best));
+    }
+    CudaDevice small = h200;  // the same by its row, but what was chosen does not fit any more
+    small.shared_bytes = plans.front().shared_bytes - 1;
+    const TunedPlans first(table_of(row_of(scan, plans.front())));
+    const CudaPlan fits = plan_cuda(lstm, small, "auto", &first);
+    CHECK(!same(fits, plans.front()) && fits.shared_bytes <= small.shared_bytes);
+  }
+}
+
+void test_tuned_text() {
+  CHECK(TunedPlans().size() == 0 && TunedPlans("").size() == 0 && TunedPlans(table_of("")).size() == 0);
+  const std::string one = "90,132,gru,2,training,16,512,1,cluster,async,8,8,6\n";
+  const std::string two = "90,132,rnn_relu,2,backward,16,512,2,stepwise,,,,\r\n";
+  const TunedPlans tuned("# measured\n\n" + table_of(one + "# more\n" + two));
+  CHECK(tuned.size() == 2);
+  // the plan sees gates only, which the two RNNs have in common
+  const TunedChoice* found = tuned.find(problem_of(CellKind::kRnnTanh, 512, 16, 2, true), cuda_device("h100"));
+  CHECK(found != nullptr && found->tier == Tier::kStepwise);
+  found = tuned.find(problem_of(CellKind::kGru, 512, 16, 1, false), cuda_device("h200"));
+  CHECK(found != nullptr && found->tier == Tier::kCluster && found->exchange == Exchange::kAsync);
+  CHECK(found != nullptr && found->cluster == 8 && found->batch_groups == 1 && found->row_tiles == 6);
+
+  const auto message = [](const std::string& text) -> std::string {
+    try {
+      TunedPlans refused(text);
+    } catch (const std::invalid_argument& error) {
+      return error.what();
+    }
+    return "";
+  };
+  const auto refused = [&](const std::string& row, const std::string& why) {
+    const std::string found_why = message(table_of(one + row + "\n"));
+    CHECK(found_why.find("line 3") != std::string::npos && found_why.find(why) != std::string::npos);
+  };
+  CHECK(message(one).find("line 1: the header should be 'capability,") != std::string::npos);
+  refused("90,132", "expected 13 fields, got 2");
+  refused("90,132,gru,2,training,16,512,1,cluster,async,8,8,6,", "expected 13 fields, got 14");
+  refused("ninety,132,gru,2,training,8,512,1,cluster,async,8,8,6", "capability should be a positive number");
+  refused("90,132,lstm_proj,2,training,8,512,1,cluster,async,8,8,6", "cell should be one of rnn_tanh");
+  refused("90,132,gru,2,forward,8,512,1,cluster,async,8,8,6", "scan should be one of inference");
+  refused("90,132,gru,2,training,0,512,1,cluster,async,8,8,6", "batch should be a positive number, got '0'");
+  refused("90,132,gru,2,training,8,512 ,1,cluster,async,8,8,6", "hidden_size should be a positive number");
+  refused("90,132,gru,2,training,8,99999999999999999999,1,cluster,async,8,8,6", "hidden_size should be");
+  refused("90,132,gru,2,training,8,512,-1,cluster,async,8,8,6", "directions should be a positive number");
+  refused("90,132,gru,2,training,8,512,1,grid,async,8,8,6", "tier should be one of stepwise, block, cluster");
+  refused("90,132,gru,2,training,8,512,1,cluster,flags,8,8,6", "exchange should be one of block");
+  refused("90,132,gru,2,training,8,512,1,cluster,async,8,8,", "row_tiles should be a positive number, got ''");
+  refused("90,132,gru,2,training,8,512,1,cluster,async,8,12,6", "rows should be a multiple of 8");
+  refused("90,132,gru,2,training,8,512,1,block,async,1,8,6", "do not go together");
+  refused("90,132,gru,2,training,8,512,1,cluster,async,1,8,6", "do not go together");
+  refused("90,132,gru,2,training,8,512,1,stepwise,block,1,8,6", "exchange should be nothing for the tier stepwise");
+  refused(one.substr(0, one.size() - 1), "a row of the same scan stands above");
+
+  set_tuned_plans(tuned);
+  const auto before = tuned_plans();
+  CHECK(before->size() == 2);
+  set_tuned_plans({});
+  CHECK(tuned_plans()->size() == 0 && before->size() == 2);
+}
+
 }  // namespace
 
 void test_plan_cuda() {
   test_table();
+  test_tuned_rows();
+  test_tuned_text();
   const CudaDevice h200 = cuda_device("h200"), a100 = cuda_device("a100");
   const CudaProblem lstm = problem_of(CellKind::kLstm, 256, 8, 1, false);
   const auto plan = plan_cuda(lstm, h200, "auto");

@@ -1,6 +1,7 @@
 // The ops for CUDA tensors on an emulated GPU, as ops of the CPU: the same kernels, the same host loop, the same checks.
 #include <torch/library.h>
 
+#include "core/tuned_cuda.h"
 #include "cusim.h"
 #include "ops/stepwise.h"
 
@@ -18,6 +19,10 @@ TORCH_LIBRARY(fastrnn_sim, m) {
   });
   m.def("launches() -> int", torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd,
                                              [] { return static_cast<int64_t>(cusim::launches()); }));
+  // this library has a table of its own, as it has the plan
+  m.def("set_tuned_plans(str text) -> ()",
+        torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd,
+                        [](c10::string_view text) { set_tuned_plans(TunedPlans(std::string(text))); }));
 }
 
 }  // namespace

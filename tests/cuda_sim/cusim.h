@@ -107,6 +107,7 @@ struct Shape {
 };
 void launch(const void* kernel, const Shape& shape, void (*run_thread)(const void*), const void* arguments);
 size_t launches();  // so far
+unsigned max_cluster();  // blocks; CUSIM_MAX_CLUSTER lowers it
 int max_blocks(dim3 block, size_t shared_bytes);  // at the same time, on a device with H200's shared memory and threads
 
 template <class T>
@@ -177,7 +178,8 @@ int max_cooperative_blocks(void (*)(P...), dim3 block, size_t shared_bytes) {
 }
 template <class... P>
 int max_active_clusters(unsigned cluster_size, void (*)(P...), dim3 block, size_t shared_bytes) {
-  return cluster_size > 16 ? 0 : cusim::max_blocks(block, shared_bytes) / static_cast<int>(cluster_size);
+  if (cluster_size > cusim::max_cluster()) return 0;
+  return cusim::max_blocks(block, shared_bytes) / static_cast<int>(cluster_size);
 }
 
 // --- Barriers and waiting ---------------------------------------------------------------------------------------------

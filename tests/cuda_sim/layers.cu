@@ -1,6 +1,7 @@
 // The persistent scans of two cells in bf16 and their packing, as a program: whole layers without the GEMMs around the scan,
 // small enough for ThreadSanitizer.
 #include "core/plan_cuda.cpp"
+#include "core/tuned_cuda.cpp"
 #include "persistent_backward.cuh"
 #include "persistent_forward.cuh"
 #include "persistent_launch.cuh"

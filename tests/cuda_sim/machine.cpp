@@ -225,13 +225,13 @@ void seed() {
 }
 
 const char* invalid(const Shape& shape) {
-  constexpr unsigned kMaxThreads = 1024, kMaxCluster = 16;
+  constexpr unsigned kMaxThreads = 1024;
   const unsigned threads = shape.block.x * shape.block.y * shape.block.z;
   const unsigned blocks = shape.grid.x * shape.grid.y * shape.grid.z;
   if (threads == 0 || threads > kMaxThreads) return "launched with no threads, or more than 1024 a block";
   if (blocks == 0) return "launched with no blocks";
   if (max_blocks(shape.block, shape.shared_bytes) == 0) return "launched with more shared memory than a block can have";
-  if (shape.cluster_size == 0 || shape.cluster_size > kMaxCluster || shape.grid.x % shape.cluster_size != 0) {
+  if (shape.cluster_size == 0 || shape.cluster_size > max_cluster() || shape.grid.x % shape.cluster_size != 0) {
     return "launched with clusters of more than 16 blocks, or that do not divide the grid";
   }
   if (shape.cooperative && blocks > static_cast<unsigned>(max_blocks(shape.block, shape.shared_bytes))) {
@@ -310,6 +310,11 @@ void launch(const void* kernel, const Shape& shape, void (*run_thread)(const voi
 }
 
 size_t launches() { return machine.launches; }
+
+unsigned max_cluster() {
+  const char* variable = std::getenv("CUSIM_MAX_CLUSTER");
+  return variable == nullptr ? 16 : static_cast<unsigned>(std::strtoul(variable, nullptr, 10));
+}
 
 int max_blocks(dim3 block, size_t shared_bytes) {
   constexpr size_t kMultiprocessors = 132, kSharedBytes = 228 << 10, kReservedBytes = 1 << 10, kThreads = 2048,
