@@ -21,6 +21,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   static constexpr int64_t kPartial = (kVectors + kSeparateVectors) * kLanes;  // of a row
   static constexpr int kTileRows = max_rows(kVectors);
   static constexpr int kFusedRows = max_rows(kVectors + kSeparateVectors);
+  static constexpr int kCellRows = kVectorRegisters == 32 ? 2 : 1;  // whose cells take turns, as registers allow
   static constexpr int kOutputVectors = 4;  // of a tile of the projection
   static constexpr int64_t kOutputs = kOutputVectors * kLanes;
   static constexpr int kOutputRows = max_rows(kOutputVectors);
@@ -236,57 +237,76 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   // A loop of its own: unrolled within each tile it would be more code than the processor keeps decoded.
   template <bool kFused>
   [[gnu::noinline]] void cells(const Row* rows, int64_t row_count, const T* sums, int64_t begin) const {
-    const int64_t units = shape_.units;
     const T* input_parts = sums + row_count * kVectors * kLanes;
-#pragma GCC unroll 1
-    for (int64_t r = 0; r < row_count; ++r, sums += kVectors * kLanes, input_parts += kSeparateVectors * kLanes) {
+    int64_t r = 0;
+    for (; r + kCellRows <= row_count; r += kCellRows) {
+      cells_of<kFused, kCellRows>(rows + r, r, sums, input_parts, begin);
+    }
+    for (; r < row_count; ++r) cells_of<kFused, 1>(rows + r, r, sums, input_parts, begin);
+  }
+
+  // Of K rows from `first` on in the tile.
+  template <bool kFused, int K>
+  FASTRNN_INLINE void cells_of(const Row* rows, int64_t first, const T* sums, const T* input_parts,
+                               int64_t begin) const {
+    const int64_t units = shape_.units;
 #pragma GCC unroll 32
-      for (int u = 0; u < kUnitVectors; ++u) {
-        const int64_t j = begin + u * kLanes, count = units - j;
-        if (count <= 0) break;
-        V gate[kGates + kSeparate];
+    for (int u = 0; u < kUnitVectors; ++u) {
+      const int64_t j = begin + u * kLanes, count = units - j;
+      if (count <= 0) break;
+      Several<T, K> gate[kGates + kSeparate];
+#pragma GCC unroll 32
+      for (int i = 0; i < K; ++i) {
 #pragma GCC unroll 32
         for (int g = 0; g < kGates; ++g) {
-          V product = V::loadu(sums + (g * kUnitVectors + u) * kLanes);
-          if (!kFused && rows[r].product != nullptr) {
-            product = product + load(rows[r].product + g * units + j, count);
+          V product = V::loadu(sums + ((first + i) * kVectors + g * kUnitVectors + u) * kLanes);
+          if (!kFused && rows[i].product != nullptr) {
+            product = product + load(rows[i].product + g * units + j, count);
           }
           V input = bias(g, j, count);
-          if (!kFused) input = input + load(rows[r].gates + g * units + j, count);
+          if (!kFused) input = input + load(rows[i].gates + g * units + j, count);
           if (g < kAdding) {
-            gate[g] = input + product;
+            gate[g].v[i] = input + product;
           } else {
-            gate[g] = kFused ? input + V::loadu(input_parts + ((g - kAdding) * kUnitVectors + u) * kLanes) : input;
-            gate[g + kSeparate] = bias(g + kSeparate, j, count) + product;
+            const int64_t part = (first + i) * kSeparateVectors + (g - kAdding) * kUnitVectors + u;
+            gate[g].v[i] = kFused ? input + V::loadu(input_parts + part * kLanes) : input;
+            gate[g + kSeparate].v[i] = bias(g + kSeparate, j, count) + product;
           }
         }
-        finish(rows[r], j, count, gate);
       }
+      finish(rows, j, count, gate);
     }
   }
 
   // Of gate g; those of the recurrent parts of separate gates lie behind the gates.
   FASTRNN_INLINE V bias(int g, int64_t j, int64_t count) const { return load(p_.bias + g * shape_.units + j, count); }
 
-  // The cell, and where its results go.
-  FASTRNN_INLINE void finish(const Row& row, int64_t j, int64_t count, const V (&gate)[kGates + kSeparate]) const {
+  // The cell of K rows, and where its results go.
+  template <int K>
+  FASTRNN_INLINE void finish(const Row* rows, int64_t j, int64_t count,
+                             const Several<T, K> (&gate)[kGates + kSeparate]) const {
     const int64_t units = shape_.units;
-    V state = kState == ElementState::kNone ? V(0) : load(row.state + j, count);
-    V saved[Cell::kSaved];
-    const V h = Cell::forward(gate, state, saved);
-    if (p_.save) {
+    Several<T, K> state(0), saved[Cell::kSaved];
+#pragma GCC unroll 8
+    for (int i = 0; i < K && kState != ElementState::kNone; ++i) state.v[i] = load(rows[i].state + j, count);
+    const Several<T, K> h = Cell::forward(gate, state, saved);
+#pragma GCC unroll 8
+    for (int i = 0; i < K; ++i) {
+      const Row& row = rows[i];
+      if (p_.save) {
 #pragma GCC unroll 32
-      for (int c = 0; c < Cell::kSaved; ++c) store(row.gates + c * units + j, saved[c], count);
-      if (Cell::kProjects && shape_.projected) store(row.gates + Cell::kSaved * units + j, h, count);
-    }
-    if constexpr (kState == ElementState::kCell) {
-      store(row.cell + j, state, count);
-      if (row.cells != nullptr) store(row.cells + j, state, count);
-    }
-    if (Cell::kProjects && shape_.projected) {
-      store(row.activation + j, h, count);
-    } else {
-      leave(row, j, h, count);
+        for (int c = 0; c < Cell::kSaved; ++c) store(row.gates + c * units + j, saved[c].v[i], count);
+        if (Cell::kProjects && shape_.projected) store(row.gates + Cell::kSaved * units + j, h.v[i], count);
+      }
+      if constexpr (kState == ElementState::kCell) {
+        store(row.cell + j, state.v[i], count);
+        if (row.cells != nullptr) store(row.cells + j, state.v[i], count);
+      }
+      if (Cell::kProjects && shape_.projected) {
+        store(row.activation + j, h.v[i], count);
+      } else {
+        leave(row, j, h.v[i], count);
+      }
     }
   }
 
@@ -302,19 +322,19 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     for (int u = 0; u < kUnitVectors; ++u) {
       const int64_t j = block * kUnits + u * kLanes, count = std::min<int64_t>(kLanes, units - j);
       if (count <= 0) return;
-      V gate[kGates + kSeparate];
+      Several<T, 1> gate[kGates + kSeparate];
       for (int g = 0; g < kGates; ++g) {
         T input[kLanes] = {}, recurrent[kLanes] = {};
         dots(input, p_.w_ih + (g * units + j) * shape_.inputs, shape_.inputs, row.input, count);
         dots(recurrent, p_.w_hh + (g * units + j) * shape_.outputs, shape_.outputs, row.h, count);
-        gate[g] = bias(g, j, count) + load(input, kLanes);
+        gate[g].v[0] = bias(g, j, count) + load(input, kLanes);
         if (g < kAdding) {
-          gate[g] = gate[g] + load(recurrent, kLanes);
+          gate[g].v[0] = gate[g].v[0] + load(recurrent, kLanes);
         } else {
-          gate[g + kSeparate] = bias(g + kSeparate, j, count) + load(recurrent, kLanes);
+          gate[g + kSeparate].v[0] = bias(g + kSeparate, j, count) + load(recurrent, kLanes);
         }
       }
-      finish(row, j, count, gate);
+      finish(&row, j, count, gate);
     }
   }
 

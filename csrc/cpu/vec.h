@@ -37,96 +37,179 @@ FASTRNN_INLINE void store(T* p, Vec<T> v, int64_t count) {
   }
 }
 
-// What vectors of both types share.
-template <class T>
-struct VecMath {
-  using V = Vec<T>;
-  static FASTRNN_INLINE V relu(V x) { return at::vec::maximum(x, V(0)); }  // NaN stays NaN
-  static FASTRNN_INLINE V positive(V y) { return V::blendv(V(1), V(0), y <= V(0)); }
+// K vectors that take turns, operation by operation. A cell is a chain of operations that each wait for the one before,
+// longer than a processor looks ahead: the cells of other rows fill its gaps only if their chains run beside it.
+template <class T, int K>
+struct Several {
+  Vec<T> v[K];
+
+  Several() = default;
+  explicit FASTRNN_INLINE Several(T x) {
+#pragma GCC unroll 8
+    for (int i = 0; i < K; ++i) v[i] = Vec<T>(x);
+  }
 };
 
-}  // namespace CPU_CAPABILITY
+// f(x, more...) of a vector, or of each of several.
+template <class F, class T, class... More>
+FASTRNN_INLINE Vec<T> each(const F& f, Vec<T> x, const More&... more) {
+  return f(x, more...);
+}
+template <class F, class T, int K, class... More>
+FASTRNN_INLINE Several<T, K> each(const F& f, const Several<T, K>& x, const More&... more) {
+  Several<T, K> y;
+#pragma GCC unroll 8
+  for (int i = 0; i < K; ++i) y.v[i] = f(x.v[i], more.v[i]...);
+  return y;
+}
 
-template <>
-struct Math<Vec<double>> : VecMath<double> {
-  static FASTRNN_INLINE V sigmoid(V x) { return V(1) / (V(1) + x.neg().exp()); }
-  static FASTRNN_INLINE V tanh(V x) { return x.tanh(); }
+template <class T, int K>
+FASTRNN_INLINE Several<T, K> operator+(const Several<T, K>& a, const Several<T, K>& b) {
+  return each([](Vec<T> x, Vec<T> y) { return x + y; }, a, b);
+}
+template <class T, int K>
+FASTRNN_INLINE Several<T, K> operator-(const Several<T, K>& a, const Several<T, K>& b) {
+  return each([](Vec<T> x, Vec<T> y) { return x - y; }, a, b);
+}
+template <class T, int K>
+FASTRNN_INLINE Several<T, K> operator*(const Several<T, K>& a, const Several<T, K>& b) {
+  return each([](Vec<T> x, Vec<T> y) { return x * y; }, a, b);
+}
+
+template <class V>
+FASTRNN_INLINE V multiply_add(const V& a, const V& b, const V& c) {
+  return each([](auto x, auto y, auto z) { return at::vec::fmadd(x, y, z); }, a, b, c);
+}
+
+// x * 2^n, n whole
+template <class V>
+FASTRNN_INLINE V times_power_of_two(const V& x, const V& n) {
+  return each(
+      [](Vec<float> y, Vec<float> m) -> Vec<float> {
+#if defined(CPU_CAPABILITY_AVX512)
+        return _mm512_scalef_ps(y, m);
+#else
+        const auto exponent = at::vec::convert_to_int_of_same_size(m) + at::vec::Vectorized<int32_t>(127);
+        return y * at::vec::cast<float>(exponent << at::vec::Vectorized<int32_t>(23));
+#endif
+      },
+      x, n);
+}
+
+// A division of full-width vectors takes as long as eight multiplications; the estimate of the reciprocal, right to 14
+// bits, with one Newton step takes three and errs by half a unit and a sixteenth. x lies within [1, 2^127).
+template <class V>
+FASTRNN_INLINE V reciprocal(const V& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const V r = each([](Vec<float> y) -> Vec<float> { return _mm512_rcp14_ps(y); }, x);
+  const V rest = each([](Vec<float> y, Vec<float> s) -> Vec<float> { return _mm512_fnmadd_ps(y, s, Vec<float>(1)); }, x,
+                      r);
+  return multiply_add(rest, r, r);
+#else
+  return each([](Vec<float> y) { return Vec<float>(1) / y; }, x);
+#endif
+}
+
+// x < bound ? a : b; the latter for NaN
+template <class V>
+FASTRNN_INLINE V if_less(const V& x, float bound, const V& a, const V& b) {
+  return each(
+      [=](Vec<float> y, Vec<float> less, Vec<float> other) -> Vec<float> {
+#if defined(CPU_CAPABILITY_AVX512)
+        return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(y, Vec<float>(bound), _CMP_LT_OQ), other, less);
+#else
+        return Vec<float>::blendv(other, less, y < Vec<float>(bound));
+#endif
+      },
+      x, a, b);
+}
+
+// Of a vector V of T, or of several.
+template <class V, class T>
+struct VecMath {
+  static FASTRNN_INLINE V relu(const V& x) {  // NaN stays NaN
+    return each([](Vec<T> y) { return at::vec::maximum(y, Vec<T>(0)); }, x);
+  }
+  static FASTRNN_INLINE V positive(const V& x) {
+    return each([](Vec<T> y) { return Vec<T>::blendv(Vec<T>(1), Vec<T>(0), y <= Vec<T>(0)); }, x);
+  }
+};
+
+template <class V>
+struct DoubleMath : VecMath<V, double> {
+  static FASTRNN_INLINE V sigmoid(const V& x) {
+    return each([](Vec<double> y) { return Vec<double>(1) / (Vec<double>(1) + y.neg().exp()); }, x);
+  }
+  static FASTRNN_INLINE V tanh(const V& x) {
+    return each([](Vec<double> y) { return y.tanh(); }, x);
+  }
 };
 
 // Sleef's float functions are right to 1 ulp, and make the cell four to seven times dearer than these, which are right
 // to 3: e^x = 2^n e^r with |r| <= ln(2)/2 (Cody and Waite's reduction), and a polynomial for e^r.
-template <>
-struct Math<Vec<float>> : VecMath<float> {
+template <class V>
+struct FloatMath : VecMath<V, float> {
   static constexpr float kLog2E = 1.44269504088896341f;
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // products with the high part are exact
   // (e^r - 1 - r) / r^2: minimax for the relative error of e^r, which is 4e-9
   static constexpr float kExp[] = {0.49999994f, 0.16666521f, 0.04166839f, 0.008368745f, 0.001381454f};
 
   // kExp at scale * r, each coefficient times `factor`; `scale` is a power of two, so that nothing is rounded.
-  static FASTRNN_INLINE V exp_tail(V r, float scale, float factor) {
+  static FASTRNN_INLINE V exp_tail(const V& r, float scale, float factor) {
     constexpr int kLast = 4;
     float power = factor * scale * scale * scale * scale;
     V p(kExp[kLast] * power);
 #pragma GCC unroll 4
     for (int i = kLast - 1; i >= 0; --i) {
       power /= scale;
-      p = at::vec::fmadd(p, r, V(kExp[i] * power));
+      p = multiply_add(p, r, V(kExp[i] * power));
     }
     return p;
   }
 
-  static FASTRNN_INLINE V times_power_of_two(V x, V n) {
-#if defined(CPU_CAPABILITY_AVX512)
-    return _mm512_scalef_ps(x, n);
-#else
-    const auto exponent = at::vec::convert_to_int_of_same_size(n) + at::vec::Vectorized<int32_t>(127);
-    return x * at::vec::cast<float>(exponent << at::vec::Vectorized<int32_t>(23));
-#endif
+  // x * factor, rounded to a whole number of at most 2^21: a sum with this number leaves no room for the fraction.
+  static FASTRNN_INLINE V rounded_product(const V& x, float factor) {
+    constexpr float kNoFraction = 12582912.0f;  // 3 * 2^22
+    return multiply_add(x, V(factor), V(kNoFraction)) - V(kNoFraction);
   }
 
-  // A division of full-width vectors takes as long as eight multiplications; the estimate of the reciprocal, right to 14
-  // bits, with one Newton step takes three and errs by half a unit and a sixteenth. x lies within [1, 2^127).
-  static FASTRNN_INLINE V reciprocal(V x) {
-#if defined(CPU_CAPABILITY_AVX512)
-    const V r = _mm512_rcp14_ps(x);
-    return at::vec::fmadd(V(_mm512_fnmadd_ps(x, r, V(1))), r, r);
-#else
-    return V(1) / x;
-#endif
-  }
-
-  // x < bound ? a : b; the latter for NaN
-  static FASTRNN_INLINE V if_less(V x, float bound, V a, V b) {
-#if defined(CPU_CAPABILITY_AVX512)
-    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, V(bound), _CMP_LT_OQ), b, a);
-#else
-    return V::blendv(b, a, x < V(bound));
-#endif
-  }
-
-  static FASTRNN_INLINE V sigmoid(V x) {
-    const V within = at::vec::clamp(x, V(-87.5f), V(87.0f));  // passes NaN on
-    const V n = (within * V(-kLog2E)).round();
-    V r = at::vec::fmadd(n, V(kLn2High), within);  // of the opposite sign: e^-x = 2^n e^-r
-    r = at::vec::fmadd(n, V(kLn2Low), r);
-    V e = at::vec::fmadd(exp_tail(r, -1.0f, 1.0f), r, V(-1));
-    e = times_power_of_two(at::vec::fmadd(e, r, V(1)), n);
+  static FASTRNN_INLINE V sigmoid(const V& x) {
+    // passes NaN on
+    const V within = each([](Vec<float> y) { return at::vec::clamp(y, Vec<float>(-87.5f), Vec<float>(87.0f)); }, x);
+    const V n = rounded_product(within, -kLog2E);
+    V r = multiply_add(n, V(kLn2High), within);  // of the opposite sign: e^-x = 2^n e^-r
+    r = multiply_add(n, V(kLn2Low), r);
+    V e = multiply_add(exp_tail(r, -1.0f, 1.0f), r, V(-1));
+    e = times_power_of_two(multiply_add(e, r, V(1)), n);
     return if_less(x, -87.33654f, V(0), reciprocal(V(1) + e));  // denormals, and exactly zero at minus infinity
   }
 
   // With f = (e^2|x| - 1) / 2 it is f / (f + 1), which keeps its digits near zero, and 1 - 1 / (f + 1), which errs by
   // half a unit near one, where the derivative 1 - y^2 shows every unit of y.
-  static FASTRNN_INLINE V tanh(V x) {
-    const V magnitude = at::vec::clamp_max(x.abs(), V(9.1f));  // beyond it tanh is 1 in float; passes NaN on
-    const V n = (magnitude * V(2 * kLog2E)).round();
-    V h = at::vec::fmadd(n, V(-kLn2High / 2), magnitude);  // half of r
-    h = at::vec::fmadd(n, V(-kLn2Low / 2), h);
-    const V m = at::vec::fmadd(exp_tail(h, 2.0f, 2.0f) * h, h, h);  // (e^r - 1) / 2
+  static FASTRNN_INLINE V tanh(const V& x) {
+    // beyond 9.1 tanh is 1 in float; passes NaN on
+    const V magnitude = each([](Vec<float> y) { return at::vec::clamp_max(y.abs(), Vec<float>(9.1f)); }, x);
+    const V n = rounded_product(magnitude, 2 * kLog2E);
+    V h = multiply_add(n, V(-kLn2High / 2), magnitude);  // half of r
+    h = multiply_add(n, V(-kLn2Low / 2), h);
+    const V m = multiply_add(exp_tail(h, 2.0f, 2.0f) * h, h, h);  // (e^r - 1) / 2
     const V scale = times_power_of_two(V(1), n);
-    const V f = at::vec::fmadd(scale, m, at::vec::fmadd(scale, V(0.5f), V(-0.5f)));
+    const V f = multiply_add(scale, m, multiply_add(scale, V(0.5f), V(-0.5f)));
     const V r = reciprocal(f + V(1));
-    return if_less(magnitude, 0.55f, f * r, V(1) - r) | (x & V(-0.0f));
+    const V y = if_less(magnitude, 0.55f, f * r, V(1) - r);
+    return each([](Vec<float> z, Vec<float> of) { return z | (of & Vec<float>(-0.0f)); }, y, x);
   }
 };
+
+}  // namespace CPU_CAPABILITY
+
+template <>
+struct Math<Vec<float>> : FloatMath<Vec<float>> {};
+template <>
+struct Math<Vec<double>> : DoubleMath<Vec<double>> {};
+template <int K>
+struct Math<Several<float, K>> : FloatMath<Several<float, K>> {};
+template <int K>
+struct Math<Several<double, K>> : DoubleMath<Several<double, K>> {};
 
 }  // namespace fastrnn
