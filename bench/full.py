@@ -18,7 +18,7 @@ from rich.markdown import Markdown
 from bench import cases, report, table, timing
 from bench.layers import Row
 
-MEMORY = """
+MEMORY = r"""
 import re, sys, torch
 torch.manual_seed(0)
 library, name, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -43,10 +44,10 @@ def count() -> dict[str, int]:
     """
     if shutil.which("valgrind") is None:
         raise RuntimeError("valgrind not found: apt install valgrind")
-    subprocess.run([sys.executable, "tools/native.py", "bench"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    program = ROOT / "build" / "bench" / "bench" / "native" / "scans"
-    if not program.exists():
+    if platform.machine() not in ("x86_64", "AMD64"):
         raise RuntimeError("the counted scans are built for AVX2: an x86-64 processor is needed")
+    subprocess.run([sys.executable, "tools/native.py", "scans"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    program = ROOT / "build" / "bench" / "bench" / "native" / "scans"
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "callgrind.out")
         counting = ["--collect-atstart=no", "--toggle-collect=counted_*", f"--callgrind-out-file={out}"]

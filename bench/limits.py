@@ -30,7 +30,7 @@ def library() -> ctypes.CDLL:
         If they cannot be built; the build's own message stands above.
     """
     try:
-        subprocess.run([sys.executable, "tools/native.py", "bench"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, "tools/native.py", "limits"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     except subprocess.CalledProcessError:
         raise RuntimeError("the limits of the machine cannot be measured: bench/native was not built") from None
     folder = ROOT / "build" / "bench" / "bench" / "native"

@@ -141,6 +141,7 @@ def test_select():
         "nlp",
     ]
     assert cases.select(None) == list(cases.CASES)
+    assert [case.name for case in cases.select(["odd-1*"])] == ["odd-1", "odd-17"]  # only where they are asked for
     with pytest.raises(ValueError, match="no case matches 'speach'; the cases are stream-64"):
         cases.select(["speach"])
 
@@ -150,11 +151,49 @@ def test_select():
 @pytest.mark.parametrize("case", TINY_VARIANTS, ids=lambda case: case.name)
 def test_measure(case, cell, mode):
     row = layers.measure(case, cell, mode, budget=0.0)
-    others = {"tiny-ragged": {"fastrnn-lengths"}, "tiny-rl": {"torch-stepwise"}}.get(case.name, set())
+    also = {
+        "tiny-ragged": {"fastrnn-lengths", "fastrnn-padded"},
+        "tiny-rl": {"torch-stepwise", "fastrnn-plain"},
+    }
+    others = also.get(case.name, set())
     assert set(row.seconds) == {"torch", "fastrnn"} | others
     assert set(row.peer_ratios) == others
     assert row.ratio == row.seconds["torch"]["min"] / row.seconds["fastrnn"]["min"] > 0
     assert row.rounds >= timing.MIN_ROUNDS
+
+
+def test_least_bytes_and_operations():
+    case = cases.Case("three", 2, 3, 5, 7, "a test")
+    once, each_step = 4 * 4 * 7 * (5 + 7), 4 * 4 * 7 * 7
+    assert case.weight_bytes("lstm", "inference") == once + 2 * each_step
+    assert case.weight_bytes("lstm", "training") == 2 * (once + 2 * each_step) + once
+    assert case.flops("lstm", "inference") == 2 * 6 * 4 * 7 * (5 + 7)
+
+
+@pytest.mark.parametrize("mode", cases.MODES)
+def test_limits_are_measured_beside_a_row(mode, native):
+    """A layer cannot be faster than the machine, and the rates are those of some machine."""
+    case = cases.Case("some", 16, 8, 64, 64, "a test")
+    row = layers.measure(case, "lstm", mode, thread_count=1, budget=0.1, against_limits=True)
+    assert {"limit-multiply-add", "limit-load"} <= set(row.seconds)
+    assert not any("limit" in name for name in row.peer_ratios)
+    assert 0 < row.limit < 2  # beyond 1 by what the clock moved between samples
+    assert row.bound in ("multiply-add", "load")
+    assert 1e9 < row.flops_per_second < 1e12 and 1e8 < row.bytes_per_second < 1e12
+    seconds = case.flops("lstm", mode) / row.flops_per_second, case.weight_bytes("lstm", mode) / row.bytes_per_second
+    assert row.limit == pytest.approx(max(seconds) / row.seconds["fastrnn"]["min"])
+
+
+def test_what_bounds_a_row(native):
+    from bench.limits import Limits
+
+    timings = {name: timing.Timing([1.0]) for name in ("limit-multiply-add", "limit-load")}
+    one = Limits(cases.Case("one", 1, 1, 512, 512, "a test"), "lstm", "inference", 1, "default")
+    one.amounts = [1e9, 1e9]
+    assert one.seconds(timings) == (one.bytes / 1e9, "load")
+    many = Limits(cases.Case("many", 64, 1, 512, 512, "a test"), "lstm", "inference", 1, "default")
+    many.amounts = [1e9, 1e9]
+    assert many.seconds(timings) == (many.flops / 1e9, "multiply-add")
 
 
 @pytest.mark.parametrize("peer", ["onnxruntime", "openvino"])
@@ -217,6 +256,63 @@ def test_reports():
     assert sum("▼" in line for line in lines) == 1 and "**0.50 ▼**" in lines[2]
     tables = [line for line in text.splitlines() if line.startswith("| ") or line.startswith("|-")]
     assert {line.count("|") for line in tables} == {6, 12}
+
+
+def test_summary_of_a_full_run():
+    from bench import full
+
+    def row(case, mode, threads, milliseconds, **others):
+        seconds = {name: {"min": 1e-3 * ms} for name, ms in {"fastrnn": milliseconds, **others}.items()}
+        ratios = {name: ms / milliseconds for name, ms in others.items() if name != "torch"}
+        ratio = others["torch"] / milliseconds
+        flops = 1e11 * threads
+        return layers.Row(
+            "lstm",
+            case,
+            "",
+            mode,
+            "float32",
+            threads,
+            5,
+            seconds,
+            ratio,
+            ratio,
+            ratios,
+            0.5,
+            "multiply-add",
+            flops,
+            1e9,
+        )
+
+    rows = [
+        row("nlp", "inference", 1, 4.0, torch=8.0, onnxruntime=3.0, openvino=6.0),
+        row("nlp", "inference", 2, 2.5, torch=8.0, onnxruntime=5.0, openvino=6.0),
+        row("ragged", "training", 1, 1.3, **{"torch": 2.0, "fastrnn-padded": 2.0}),
+    ]
+    assert [each.best_ratio for each in rows] == pytest.approx([0.75, 2.0, 2.0 / 1.3])
+    lines = full.summary(rows, {"LSTM": {"torch": 2048, "fastrnn": 1024}})
+    assert "| LSTM | inference | float32 | 1 | 2.00 |  | 0.75 | nlp 0.75 |" in lines
+    assert "| LSTM | nlp | inference | 50% | 50% | 100 | 1.60 (machine 2.00) |" in lines
+    useful = cases.select(["ragged"])[0].lengths().sum().item() / (400 * 32)
+    assert f"| LSTM | ragged | training | float32 | 1 | {0.65 / useful:.2f} |" in lines
+    assert "| LSTM | 2 | 1 |" in lines
+    _, _, table_of_rows = full.to_markdown(rows, {}, INFO).partition("## LSTM")
+    assert [table_of_rows.count(f"| {case} |") for case in ("nlp", "ragged")] == [2, 1]
+
+
+@pytest.mark.slow
+def test_full_run_of_one_case(tmp_path, native):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("openvino")
+    arguments = ["full", "--case", "stream-64", "--cell", "rnn", "--total", "1", "--out", str(tmp_path)]
+    assert command.main(arguments) == 0
+    document = json.loads((tmp_path / "full.json").read_text())
+    inference = [row for row in document["rows"] if row["mode"] == "inference" and row["dtype"] == "float32"]
+    assert inference and all(set(row["peer_ratios"]) == set(cases.PEERS) for row in inference)
+    assert all(row["limit"] for row in inference)
+    if sys.platform == "linux":
+        assert all(peak > 1000 for peak in document["machine"]["memory_kib"]["LSTM"].values())
+    assert "over the best peer" in (tmp_path / "full.md").read_text()
 
 
 def test_shown_table_marks_what_is_slower():

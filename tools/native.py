@@ -5,7 +5,8 @@ Used by setup.py (`pip install`), and by the Makefile as a program::
     python tools/native.py check                  # the tools that no package registry brings
     python tools/native.py build                  # fastrnn/_C in the source tree
     python tools/native.py tests [--sanitize]     # the C++ tests; prints nothing that CMake and Ninja do not print
-    python tools/native.py bench                  # what only the benchmarks need: limits of the machine, counted scans
+    python tools/native.py limits                 # what only the benchmarks need: the limits of the machine,
+    python tools/native.py scans                  # and scans whose instructions are counted
     python tools/native.py cuda-ops               # the CUDA half on an emulated GPU, for the tests
     python tools/native.py cuda-link              # the CUDA half against an unpacked CUDA torch: compiles and links
 
@@ -345,11 +346,10 @@ def build_cuda_link() -> Path:
     return build / "lib" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
-def build_bench() -> Path:
-    """Build the native part of the benchmarks and return its folder (see bench/native)."""
+def build_bench(target: str) -> None:
+    """Build a native part of the benchmarks, ``limits`` or ``scans``, in build/bench/bench/native."""
     build = ROOT / "build" / "bench"
-    configure_and_build(build, ["-DFASTRNN_BUILD_BENCH=ON", "-DCMAKE_BUILD_TYPE=Release"], "fastrnn_bench")
-    return build / "bench" / "native"
+    configure_and_build(build, ["-DFASTRNN_BUILD_BENCH=ON", "-DCMAKE_BUILD_TYPE=Release"], target)
 
 
 def build_tests(sanitize: bool) -> Path:
@@ -365,7 +365,7 @@ def build_tests(sanitize: bool) -> Path:
 def main() -> None:
     """Run one of the commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["check", "build", "tests", "bench", "cuda-ops", "cuda-link"])
+    parser.add_argument("command", choices=["check", "build", "tests", "limits", "scans", "cuda-ops", "cuda-link"])
     parser.add_argument("--sanitize", action="store_true", help="build the tests with address and undefined sanitizers")
     arguments = parser.parse_args()
     try:
@@ -375,8 +375,8 @@ def main() -> None:
             build_cuda_ops()
         elif arguments.command == "cuda-link":
             build_cuda_link()
-        elif arguments.command == "bench":
-            build_bench()
+        elif arguments.command in ("limits", "scans"):
+            build_bench(arguments.command)
         elif arguments.command == "tests":
             build_tests(arguments.sanitize)
         else:
