@@ -322,6 +322,17 @@ def test_shown_table_marks_what_is_slower():
     assert "0.50 ▼" in text and "geomean 8.00" in text and "1 slower rows" in text
 
 
+def test_readme_shows_the_committed_results():
+    from bench import readme
+
+    text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
+    path = readme.RESULTS.with_suffix(".md").relative_to(readme.ROOT)
+    section = readme.section(json.loads(readme.RESULTS.read_text(encoding="utf-8")), path.as_posix())
+    assert readme.rewrite(text, section) == text  # else: python -m bench.readme
+    with pytest.raises(ValueError, match="the README lacks"):
+        readme.rewrite("no marks", section)
+
+
 def test_write(tmp_path):
     pytest.importorskip("matplotlib")
     paths = report.write(ROWS, INFO, None, tmp_path / "out")
