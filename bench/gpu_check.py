@@ -275,6 +275,8 @@ def main() -> int:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.stage:
+        # fp32 means fp32, for both
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         detail = globals()[arguments.stage](Plumbing(), arguments)
         (arguments.out / f"{arguments.stage}.json").write_text(json.dumps(detail))
         return 0

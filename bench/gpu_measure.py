@@ -107,7 +107,6 @@ def measure_each(
 ) -> dict[str, Any]:
     """One line of JSON a case, written at once; what is there already is not measured again."""
     done = {row["name"] for row in read_rows(arguments.out) if row.get("plan") == plan}
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, for both
     end = time.monotonic() + arguments.seconds
     with plumbing.place():
         for case in chosen:
