@@ -12,7 +12,7 @@ constexpr double kBarrierMicroseconds = 0.3;  // one barrier, the other core a l
 constexpr int64_t kNaturalRows = 4;           // dot products read the weights once a row: few rows only
 constexpr int64_t kOwnRows = 16;  // of a member, from which it uses the weights often enough to have all of them
 // From so many rows on, a step reuses w_ih enough to multiply x within the tiles. Where the weights come from beyond L2
-// at every step it takes more of them, by the part of them that is w_ih.
+// at every step it takes more of them, by the part of them that is w_ih, and by what separate gates take from a tile.
 constexpr int64_t kFusedRows = 12, kFusedRowsBeyondL2 = 32;
 constexpr int64_t kNarrowInput = 8;  // fewer columns than a GEMM is good for
 constexpr int64_t kUnitsPerShare = 16;  // what a member must get of the units to be of use
@@ -69,8 +69,10 @@ CpuPlan plan_cpu(const CpuProblem& p, const CpuMachine& machine) {
     const int members = std::max(1, plan.threads / p.directions);
     const int64_t rows = p.batch / (plan.shard_units ? 1 : members);
     const bool fit = weight_bytes(p) / (plan.shard_units ? members : 1) <= machine.l2_bytes;
-    const int64_t enough = fit ? kFusedRows : kFusedRowsBeyondL2 * p.shape.inputs / (p.shape.inputs + p.shape.outputs);
-    plan.fused_input = rows >= std::max(kFusedRows, enough) || (p.shape.inputs <= kNarrowInput && p.batch > 1);
+    const int64_t beyond_l2 = kFusedRowsBeyondL2 * (1 + p.separate) * p.shape.inputs /
+                              (p.shape.inputs + p.shape.outputs);
+    const int64_t enough = fit ? kFusedRows : std::max(kFusedRows, beyond_l2);
+    plan.fused_input = rows >= enough || (p.shape.inputs <= kNarrowInput && p.batch > 1);
   }
   return plan;
 }

@@ -14,6 +14,7 @@ struct CpuMachine {
 
 struct CpuProblem {
   int gates = 1;           // G
+  int separate = 0;        // S
   int64_t steps = 1;       // T
   int64_t batch = 1;       // N
   LayerShape shape;

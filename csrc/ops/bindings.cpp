@@ -39,6 +39,7 @@ py::dict plan(const std::string& cell, int64_t steps, int64_t batch, int64_t inp
   const bool projected = proj_size > 0;
   const CpuProblem problem{
       .gates = traits(kind_of(cell)).gates,
+      .separate = traits(kind_of(cell)).separate,
       .steps = steps,
       .batch = batch,
       .shape = {input_size, hidden_size, projected ? proj_size : hidden_size, projected},

@@ -28,8 +28,17 @@ CpuMachine machine() {
 
 Scan make_scan(CellKind kind, const Layout& l, const Sizes& z, const RowTable& table, int element_size, bool backward) {
   Scan scan{kind, {z.inputs, z.units, z.outputs, l.projected}, table.rows(), {}, l.directions};
-  const CpuProblem problem{traits(kind).gates, z.steps,      z.batch,        scan.shape,
-                           l.directions,       element_size, table.ragged(), backward};
+  const CpuProblem problem{
+      .gates = traits(kind).gates,
+      .separate = traits(kind).separate,
+      .steps = z.steps,
+      .batch = z.batch,
+      .shape = scan.shape,
+      .directions = l.directions,
+      .element_size = element_size,
+      .ragged = table.ragged(),
+      .backward = backward,
+  };
   scan.plan = plan_cpu(problem, machine());
   return scan;
 }

@@ -16,8 +16,8 @@ void test_plan() {
               for (const bool backward : {false, true}) {
                 for (const bool ragged : {false, true}) {
                   const int64_t outputs = projected ? (units + 1) / 2 : units;
-                  const CpuProblem problem{4,          steps, batch,  {17, units, outputs, projected},
-                                           directions, 4,     ragged, backward};
+                  const CpuProblem problem{4,          0, steps,  batch,   {17, units, outputs, projected},
+                                           directions, 4, ragged, backward};
                   const CpuPlan plan = plan_cpu(problem, {threads, 1 << 20});
                   CHECK(plan.threads >= 1 && plan.threads <= threads);
                   CHECK(!plan.shard_units || plan.threads / directions <= units);
@@ -35,10 +35,20 @@ void test_plan() {
     }
   }
   // work enough for two cores is shared between them, and a little is not
-  const CpuProblem large{4, 64, 64, {1024, 1024, 1024, false}, 1, 4, false, false};
+  const CpuProblem large{4, 0, 64, 64, {1024, 1024, 1024, false}, 1, 4, false, false};
   CHECK(plan_cpu(large, {2, 1 << 21}).threads == 2);
   CHECK(plan_cpu(large, {2, 1 << 21}).fused_input);
-  const CpuProblem tiny{1, 2, 1, {4, 4, 4, false}, 1, 4, false, false};
+  // beyond L2, it takes more rows to have the input multiplied within the tiles: by the part of the weights that is its
+  // own, and twice as many where gates keep their two sums apart
+  const auto fused = [](int separate, int64_t batch, int64_t inputs, int64_t units) {
+    const CpuProblem problem{4, separate, 64, batch, {inputs, units, units, false}, 1, 4, false, false};
+    return plan_cpu(problem, {1, 1 << 20}).fused_input;
+  };
+  CHECK(!fused(0, 11, 128, 128) && fused(0, 12, 128, 128) && fused(1, 12, 128, 128));  // 512 KiB of weights
+  CHECK(!fused(0, 15, 256, 256) && fused(0, 16, 256, 256) && !fused(1, 31, 256, 256) && fused(1, 32, 256, 256));
+  CHECK(fused(0, 12, 100, 300) && !fused(0, 23, 900, 256));
+  CHECK(fused(0, 2, 8, 512) && !fused(0, 2, 9, 512));
+  const CpuProblem tiny{1, 0, 2, 1, {4, 4, 4, false}, 1, 4, false, false};
   CHECK(plan_cpu(tiny, {2, 1 << 21}).threads == 1);
 }
 
