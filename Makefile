@@ -32,7 +32,7 @@ BUILD_SOURCES := $(shell find csrc tools -type f -not -name '*.pyc' 2>/dev/null)
   CMakeLists.txt setup.py pyproject.toml fastrnn/__init__.py
 CXX_SOURCES = $(shell find csrc tests/cpp tests/cuda_sim -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PYTHON_SOURCES := fastrnn tests bench examples tools setup.py
-PYTEST := $(PY) -m pytest -n auto --maxprocesses=4
+PYTEST := $(PY) -m pytest -n auto --maxprocesses=4 --durations=12
 
 # $(call remember,VALUE): the target changes, and so its dependents run, only when VALUE does.
 remember = printf '%s\n' '$(1)' | cmp -s - $@ || printf '%s\n' '$(1)' > $@
