@@ -30,7 +30,7 @@ export FASTRNN_NATIVE FASTRNN_CUDA FASTRNN_CUDA_ARCH MAX_JOBS
 
 BUILD_SOURCES := $(shell find csrc tools -type f -not -name '*.pyc' 2>/dev/null) \
   CMakeLists.txt setup.py pyproject.toml fastrnn/__init__.py
-CXX_SOURCES = $(shell find csrc tests/cpp tests/cuda_sim -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES = $(shell find csrc tests/cpp tests/cuda_sim bench/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PYTHON_SOURCES := fastrnn tests bench examples tools setup.py
 PYTEST := $(PY) -m pytest -n auto --maxprocesses=4 --durations=12
 

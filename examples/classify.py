@@ -166,7 +166,7 @@ def draw(results: dict[str, dict[str, float]], task: Task, predicted: Tensor) ->
 def run(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Train both models; the accuracy of each and of its baselines, by task."""
     layers = common.layers(options.backend)
-    tasks = {"digits": digits(), "stress": words(3000 if options.quick else None)}
+    tasks = {"digits": digits(), "stress": words(2000 if options.quick else None)}
     models = {
         "digits": Classifier(nn.Identity(), ROWS, 64, 10, layers),
         "stress": Classifier(nn.Embedding(len(ALPHABET), 32), 32, 64 if options.quick else 128, len(STRESS), layers),
