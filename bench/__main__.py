@@ -19,6 +19,7 @@ if {"full", "--peer", "--limits"} & set(sys.argv):
 
 from bench import cases
 
+TOTALS = {"all": 270.0, "full": 1800.0}  # seconds
 BACKENDS = ("auto", "native", "python")
 
 
@@ -47,7 +48,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peer", nargs="+", choices=cases.PEERS, default=[], help="in inference")
     parser.add_argument("--budget", type=float, default=1.0, help="seconds for each row (default 1; at least 5 rounds)")
     parser.add_argument(
-        "--total", type=float, help="seconds for all that 'all' (default 270) or 'full' (default 1800) does"
+        "--total",
+        type=float,
+        help="seconds for all that 'all' (default {all:.0f}) or 'full' (default {full:.0f}) does".format(**TOTALS),
     )
     parser.add_argument("--limits", action="store_true", help="measure the machine's limits beside float32 rows")
     parser.add_argument("--quick", action="store_true", help="a language model of a few seconds")
@@ -58,7 +61,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="FOLDER",
         help="where 'all' and 'full' write (default bench/out), and streaming if given",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.total = options.total or TOTALS.get(options.what)
+    return options
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
@@ -83,9 +88,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     if options.what == "full":
         from bench import full
 
-        written = full.run(
-            options.total or 1800.0, options.out or report.OUT, options.case, options.cell, console, info
-        )
+        written = full.run(options.total, options.out or report.OUT, options.case, options.cell, console, info)
         return console.print("Written: " + ", ".join(str(path) for path in written))
 
     language_model = None
@@ -105,7 +108,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
             options.peer,
             options.limits,
         )
-        total = (options.total or 270.0) - (time.perf_counter() - begin) if options.what == "all" else None
+        total = options.total - (time.perf_counter() - begin) if options.what == "all" else None
         rows = table.measure_table(selection, console, budget=options.budget, total=total)
         table.show(rows, console)
 

@@ -60,7 +60,7 @@ class Case:
     def flops(self, cell: str, mode: str) -> float:
         """Floating-point operations of one call's matrix products (2 a multiply-add, training 3 times inference)."""
         rows = int(self.lengths().sum())
-        forward = 2.0 * rows * GATES[cell] * self.hidden_size * (self.input_size + self.hidden_size)
+        forward = 2.0 * rows * self.weights(cell)
         return forward * (3.0 if mode == "training" else 1.0)
 
     def weights(self, cell: str) -> int:
@@ -115,6 +115,11 @@ ODD_CASES: tuple[Case, ...] = (
 )
 
 
+def every_case() -> tuple[Case, ...]:
+    """Those of the table, then the odd ones."""
+    return CASES + ODD_CASES
+
+
 def select(patterns: list[str] | None) -> list[Case]:
     """The cases whose names match any of the shell patterns (``stream-*``), in the table's order; None: `CASES`.
 
@@ -125,7 +130,7 @@ def select(patterns: list[str] | None) -> list[Case]:
     """
     if patterns is None:
         return list(CASES)
-    every = CASES + ODD_CASES
+    every = every_case()
     for pattern in patterns:
         if not any(fnmatchcase(case.name, pattern) for case in every):
             raise ValueError(f"no case matches {pattern!r}; the cases are {', '.join(case.name for case in every)}")

@@ -8,25 +8,26 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markdown import Markdown
 
-from bench import cases, report, table, timing
+from bench import cases, report, table
 from bench.layers import Row
 
 MEMORY = r"""
 import re, sys, torch
 torch.manual_seed(0)
-library, name, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
+library, name = sys.argv[1:3]
+batch, steps, inputs, units = map(int, sys.argv[3:])
 if library == "fastrnn":
     import fastrnn as nn
 else:
     from torch import nn
-net, x = getattr(nn, name)(128, 128), torch.randn(steps, 32, 128)
+net, x = getattr(nn, name)(inputs, units), torch.randn(steps, batch, inputs)
 net(x[:2])[0].sum().backward()
 def peak():
     return int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read()).group(1))
@@ -34,14 +35,14 @@ before = peak()
 net(x)[0].sum().backward()
 print(peak() - before)
 """
-MEMORY_SHAPE = "N32 T1000 I128 H128"
+MEMORY_CASE = cases.Case("memory", 32, 1000, 128, 128, "a long sequence")
 
 
 def run(
     total: float, out: Path, patterns: list[str] | None, cells: Sequence[str], console: Console, info: dict[str, Any]
 ) -> list[Path]:
     """Measure within ``total`` seconds, print, and write ``full.json`` and ``full.md`` to ``out``."""
-    chosen = cases.select(patterns) if patterns else [*cases.CASES, *cases.ODD_CASES]
+    chosen = cases.select(patterns) if patterns else cases.every_case()
     threads = sorted({1, info["threads"]})
     # float32 is what the goals are about: five parts of the time
     parts = {"float32": 5 / 6, "bfloat16": 1 / 6}
@@ -60,10 +61,12 @@ def run(
 
 
 def peak_memory(name: str) -> dict[str, int]:
-    """KiB that one training step adds to the peak of a process of its own, at `MEMORY_SHAPE`, by library (Linux)."""
+    """KiB that one training step adds to the peak of a process of its own, at `MEMORY_CASE`, by library (Linux)."""
+    case = MEMORY_CASE
+    sizes = (case.batch, case.steps, case.input_size, case.hidden_size)
 
     def measure(library: str) -> int:
-        command = [sys.executable, "-c", MEMORY, library, name, MEMORY_SHAPE.split()[1][1:]]
+        command = [sys.executable, "-c", MEMORY, library, name, *map(str, sizes)]
         return int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=report.ROOT).stdout)
 
     return {library: measure(library) for library in ("torch", "fastrnn")}
@@ -72,17 +75,13 @@ def peak_memory(name: str) -> dict[str, int]:
 def to_markdown(rows: Sequence[Row], memory: dict[str, dict[str, int]], info: dict[str, Any]) -> str:
     """The summary and every row."""
     lines = [
-        "# fastrnn against its peers and the machine",
-        "",
-        f"{info['cpu']}, {info['cores']} cores, {info['cpu_capability']}; torch {info['torch']}, fastrnn "
-        f"{info['fastrnn']} (commit {info['commit']}), Python {info['python']}; {info['date']}.",
-        "",
+        *report.heading("fastrnn against its peers and the machine", info),
         "All implementations of a row, and the machine's limits, are timed in turn in one process; ratios are of the "
         "fastest samples, above 1 fastrnn is faster. *Of limit*: the least time of the work, by multiply-adds in "
         "registers or by loads of the weights as measured in the same rounds, over fastrnn's time.",
     ]
-    if few := sum(row.rounds < timing.MIN_ROUNDS for row in rows):
-        lines += ["", f"{few} rows had time for fewer than {timing.MIN_ROUNDS} rounds: do not rely on them."]
+    if few := report.few_rounds(rows):
+        lines += ["", few]
     lines += ["", *summary(rows, memory)]
     for cell, group in report.by_cell(rows).items():
         lines += ["", f"## {cell.upper()}", "", *report.markdown_table(group)]
@@ -91,23 +90,32 @@ def to_markdown(rows: Sequence[Row], memory: dict[str, dict[str, int]], info: di
 
 def summary(rows: Sequence[Row], memory: dict[str, dict[str, int]]) -> list[str]:
     """What one asks of the rows, as Markdown."""
+    named = {case.name: case for case in cases.every_case()}
+    parts = [means(rows), of_limit(rows, named), costs(rows, named), memory_table(memory)]
+    return ["## In short", *(line for part in parts for line in ("", *part))]
+
+
+def means(rows: Sequence[Row]) -> list[str]:
+    """Geometric means over torch.nn and over the best peer, and the cases where one is ahead."""
     lines = [
-        "## In short",
-        "",
         "| cell | mode | dtype | threads | over torch.nn | rows below 1 | over the best peer | rows below 1 |",
         "|---|---|---|--:|--:|---|--:|---|",
     ]
-    for group in _groups(rows):
-        first = group[0]
-        peers = first.mode == "inference" and first.dtype == "float32"
-        best = f"{report.geomean(row.best_ratio for row in group):.2f}" if peers else ""
-        lines.append(
-            f"| {first.cell.upper()} | {first.mode} | {first.dtype} | {first.threads} "
-            f"| {report.geomean(row.ratio for row in group):.2f} | {_below((row.case, row.ratio) for row in group)} "
-            f"| {best} | {_below((row.case, row.best_ratio) for row in group) if peers else ''} |"
-        )
-    lines += [
-        "",
+    groups: dict[tuple[str, str, str, int], list[Row]] = {}
+    for of_cell in report.by_cell(rows).values():
+        for row in of_cell:
+            groups.setdefault((row.cell, row.mode, row.dtype, row.threads), []).append(row)
+    for (cell, mode, dtype, threads), group in groups.items():
+        over_torch = _mean_and_below({row.case: row.ratio for row in group})
+        peers = mode == "inference" and dtype == "float32"  # all that they do
+        over_best = _mean_and_below({row.case: row.best_ratio for row in group}) if peers else " | "
+        lines.append(f"| {cell.upper()} | {mode} | {dtype} | {threads} | {over_torch} | {over_best} |")
+    return lines
+
+
+def of_limit(rows: Sequence[Row], named: dict[str, cases.Case]) -> list[str]:
+    """The large float32 layers against the machine's multiply-adds."""
+    lines = [
         "Multiply-adds of the machine that reach the layer, where N >= 16 and H >= 256 (the goals: 88% in inference, "
         "84% in training), and what a second thread gives beside what it gives to plain multiply-adds:",
         "",
@@ -118,7 +126,8 @@ def summary(rows: Sequence[Row], memory: dict[str, dict[str, int]]) -> list[str]
     most = max((row.threads for row in rows), default=1)
     for (cell, case, mode, threads), one in fp32.items():
         every = fp32.get((cell, case, mode, most))
-        if threads != 1 or every is None or one.bound != "multiply-add" or not _is_large(case):
+        large = named[case].batch >= 16 and named[case].hidden_size >= 256
+        if threads != 1 or every is None or one.bound != "multiply-add" or not large:
             continue
         speedup = _seconds(one, "fastrnn") / _seconds(every, "fastrnn")
         machine = (every.flops_per_second or 0) / (one.flops_per_second or 1)
@@ -126,9 +135,17 @@ def summary(rows: Sequence[Row], memory: dict[str, dict[str, int]]) -> list[str]
             f"| {cell.upper()} | {case} | {mode} | {one.limit:.0%} | {every.limit:.0%} "
             f"| {1e-9 * (one.flops_per_second or 0):.0f} | {speedup:.2f} (machine {machine:.2f}) |"
         )
-    lines += ["", "What lengths and resets cost, beside the same call without them:", ""]
-    lines += ["| cell | case | mode | dtype | threads | time of a useful step |", "|---|---|---|---|--:|--:|"]
-    named = {case.name: case for case in cases.CASES}
+    return lines
+
+
+def costs(rows: Sequence[Row], named: dict[str, cases.Case]) -> list[str]:
+    """A useful step with lengths or resets over one without."""
+    lines = [
+        "What lengths and resets cost, beside the same call without them:",
+        "",
+        "| cell | case | mode | dtype | threads | time of a useful step |",
+        "|---|---|---|---|--:|--:|",
+    ]
     for row in rows:
         plain = _seconds(row, "fastrnn-padded") or _seconds(row, "fastrnn-plain")
         if plain is None:
@@ -137,28 +154,26 @@ def summary(rows: Sequence[Row], memory: dict[str, dict[str, int]]) -> list[str]
         useful = int(case.lengths().sum()) / (case.steps * case.batch)
         cost = _seconds(row, "fastrnn") / plain / useful
         lines.append(f"| {row.cell.upper()} | {row.case} | {row.mode} | {row.dtype} | {row.threads} | {cost:.2f} |")
-    lines += ["", f"Memory that a training step adds to the peak of its process, {MEMORY_SHAPE}, MiB:", ""]
-    lines += ["| module | torch.nn | fastrnn |", "|---|--:|--:|"]
+    return lines
+
+
+def memory_table(memory: dict[str, dict[str, int]]) -> list[str]:
+    """What `peak_memory` gave, by module."""
+    lines = [
+        f"Memory that a training step adds to the peak of its process, {MEMORY_CASE.shape}, MiB:",
+        "",
+        "| module | torch.nn | fastrnn |",
+        "|---|--:|--:|",
+    ]
     for name, peak in memory.items():
         lines.append(f"| {name} | {peak['torch'] / 1024:.0f} | {peak['fastrnn'] / 1024:.0f} |")
     return lines
 
 
-def _groups(rows: Sequence[Row]) -> list[list[Row]]:
-    groups: dict[tuple[str, str, str, int], list[Row]] = {}
-    for group in report.by_cell(rows).values():
-        for row in group:
-            groups.setdefault((row.cell, row.dtype, row.mode, row.threads), []).append(row)
-    return list(groups.values())
-
-
-def _below(ratios: Iterable[tuple[str, float]]) -> str:
-    return ", ".join(f"{case} {ratio:.2f}" for case, ratio in ratios if ratio < 1)
-
-
-def _is_large(name: str) -> bool:
-    case = next(case for case in (*cases.CASES, *cases.ODD_CASES) if case.name == name)
-    return case.batch >= 16 and case.hidden_size >= 256
+def _mean_and_below(ratios: dict[str, float]) -> str:
+    """Two entries of a table: the geometric mean, and the cases below 1."""
+    below = ", ".join(f"{case} {ratio:.2f}" for case, ratio in ratios.items() if ratio < 1)
+    return f"{report.geomean(ratios.values()):.2f} | {below}"
 
 
 def _seconds(row: Row, variant: str) -> Any:

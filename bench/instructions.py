@@ -19,7 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench.built import ROOT, build
+
 RECORD = ROOT / "bench" / "results" / "instructions.json"
 SHAPES = {"lstm": "N16 T16 I64 H64", "gru": "N3 T17 I33 H67"}  # of bench/native/scans.cpp
 COUNT = re.compile(r"^\s*([\d,]+).*:counted_(\w+)", re.M)
@@ -46,8 +47,7 @@ def count() -> dict[str, int]:
         raise RuntimeError("valgrind not found: apt install valgrind")
     if platform.machine() not in ("x86_64", "AMD64"):
         raise RuntimeError("the counted scans are built for AVX2: an x86-64 processor is needed")
-    subprocess.run([sys.executable, "tools/native.py", "scans"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    program = ROOT / "build" / "bench" / "bench" / "native" / "scans"
+    program = build("scans") / "scans"
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "callgrind.out")
         counting = ["--collect-atstart=no", "--toggle-collect=counted_*", f"--callgrind-out-file={out}"]

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 
+from bench.built import build
 from bench.cases import Case
 from bench.timing import Timing
 
-ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("limit-multiply-add", "limit-load")  # among the functions timed
 ROUNDS = 50_000  # of multiply-adds: some half millisecond, beside which starting a thread is little
 BYTES = 16e6  # that a sample of loads reads at least
@@ -22,19 +19,8 @@ BYTES = 16e6  # that a sample of loads reads at least
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The native functions (bench/native/limits.cpp), built where they are not yet.
-
-    Raises
-    ------
-    RuntimeError
-        If they cannot be built; the build's own message stands above.
-    """
-    try:
-        subprocess.run([sys.executable, "tools/native.py", "limits"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    except subprocess.CalledProcessError:
-        raise RuntimeError("the limits of the machine cannot be measured: bench/native was not built") from None
-    folder = ROOT / "build" / "bench" / "bench" / "native"
-    found = ctypes.CDLL(str(next(folder.glob("liblimits.*"))))
+    """The native functions (bench/native/limits.cpp); RuntimeError if they cannot be built."""
+    found = ctypes.CDLL(str(next(build("limits").glob("liblimits.*"))))
     found.limits_multiply_add.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_int64]
     found.limits_load.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
     found.limits_multiply_add.restype = found.limits_load.restype = ctypes.c_double

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from bench import charlm
-from bench.cases import CASES, CELLS, MODES, ODD_CASES
+from bench.cases import CELLS, MODES, every_case
 from bench.layers import Row, load_fastrnn
 from bench.timing import MIN_ROUNDS
 
@@ -71,7 +71,7 @@ def geomean(ratios: Iterable[float]) -> float:
 
 def by_cell(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """The rows of each cell that has any, each list in the order of the table of cases."""
-    order = {case.name: position for position, case in enumerate(CASES + ODD_CASES)}
+    order = {case.name: position for position, case in enumerate(every_case())}
     cells = {cell: [row for row in rows if row.cell == cell] for cell in CELLS}
     for group in cells.values():
         group.sort(key=lambda row: (row.dtype, -row.threads, order.get(row.case, len(order)), MODES.index(row.mode)))
@@ -96,6 +96,24 @@ def describe_peers(row: Row) -> str:
     return ", ".join(f"{name} {ratio:.2f}" for name, ratio in row.peer_ratios.items())
 
 
+def heading(title: str, info: dict[str, Any]) -> list[str]:
+    """The first lines of a report: its title, and what the numbers depend on."""
+    return [
+        f"# {title}",
+        "",
+        f"{info['cpu']}, {info['cores']} cores, {info['cpu_capability']}; torch {info['torch']}, fastrnn "
+        f"{info['fastrnn']} (commit {info['commit']}), Python {info['python']}; {info['date']}.",
+        "",
+    ]
+
+
+def few_rounds(rows: Sequence[Row]) -> str:
+    """A sentence on the rows that had too little time; empty if none."""
+    few = sum(row.rounds < MIN_ROUNDS for row in rows)
+    sentence = f"{few} rows had time for fewer than {MIN_ROUNDS} rounds: do not rely on them, or on the geomeans."
+    return sentence if few else ""
+
+
 def to_json(rows: Sequence[Row], info: dict[str, Any], language_model: charlm.Result | None = None) -> str:
     """Everything measured, samples of the language model included. Times are in seconds per call."""
     document = {
@@ -110,19 +128,12 @@ def to_json(rows: Sequence[Row], info: dict[str, Any], language_model: charlm.Re
 def to_markdown(rows: Sequence[Row], info: dict[str, Any], language_model: charlm.Result | None = None) -> str:
     """The table as one reads it; rows in which fastrnn is the slower one are set in bold and marked."""
     lines = [
-        "# fastrnn against torch.nn",
-        "",
-        f"{info['cpu']}, {info['cores']} cores, {info['cpu_capability']}; torch {info['torch']}, fastrnn "
-        f"{info['fastrnn']} (commit {info['commit']}), Python {info['python']}; {info['date']}.",
-        "",
+        *heading("fastrnn against torch.nn", info),
         "Ratio: time of torch.nn over time of fastrnn, fastest samples, both timed in turn in one process; above 1, "
         "fastrnn is faster. *Paired*: the median over the rounds. ▼ marks what is slower than torch.nn.",
     ]
-    if few := sum(row.rounds < MIN_ROUNDS for row in rows):
-        lines += [
-            "",
-            f"{few} rows had time for fewer than {MIN_ROUNDS} rounds: do not rely on them, or on the geomeans.",
-        ]
+    if few := few_rounds(rows):
+        lines += ["", few]
     if language_model:
         lines += [
             "",

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bench import layers, report, timing
+from bench import layers, report
 from bench.cases import CASES, CELLS, MODES, Case
 from bench.layers import Row
 
@@ -109,10 +109,8 @@ def show(rows: Sequence[Row], console: Console) -> None:
                 blanks = ("",) * (1 + len(varied))
                 table.add_row("", f"  {name}", *blanks, _milliseconds(row, name), "", f"{ratio:.2f}  ", style="dim")
         console.print(table)
-    if few := sum(row.rounds < timing.MIN_ROUNDS for row in rows):
-        console.print(
-            f"{few} rows had time for fewer than {timing.MIN_ROUNDS} rounds: do not rely on them, or on the geomeans."
-        )
+    if few := report.few_rounds(rows):
+        console.print(few)
     console.print("Ratio: time of torch.nn over time of fastrnn; above 1, fastrnn is faster.", style="dim")
     for cell, means in report.summary(rows).items():
         modes = ", ".join(f"{mode} {means[mode]:.2f}" for mode in MODES if mode in means)
