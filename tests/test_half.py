@@ -21,7 +21,7 @@ CODE = """
     torch.set_num_threads(1)
     print(fastrnn.build_info()["cpu_capability"])
     flags = ({}, {"num_layers": 2, "bidirectional": True}, {"layout": "unsorted", "bias": False, "hx": False})
-    sizes = ((3, 3, 17, 17), (17, 1, 3, 129), (1, 17, 129, 3), (5, 17, 1, 33))
+    sizes = ((3, 3, 17, 17), (17, 1, 3, 129), (1, 17, 129, 3), (5, 17, 1, 33), (1, 1, 129, 17), (1, 7, 17, 129))
     dtype = getattr(torch, "DTYPE")
     for steps, batch, inputs, hidden in sizes:
         for flag in flags:

@@ -43,6 +43,19 @@ struct Rows {
   }
 };
 
+enum class Storage { kFloat, kDouble, kHalf, kBFloat16 };
+
+// A matrix as its owner keeps it, in T or, for T = float, in 16 bits: what reads it converts it on the way.
+template <class T>
+struct Stored {
+  const void* data = nullptr;
+  Storage storage = sizeof(T) == sizeof(float) ? Storage::kFloat : Storage::kDouble;
+
+  Stored() = default;
+  Stored(const T* p) : data(p) {}  // NOLINT(google-explicit-constructor): a pointer is such a matrix
+  Stored(const void* p, Storage type) : data(p), storage(type) {}
+};
+
 // How the recurrent projection of a step is computed.
 enum class Recurrent {
   kPacked,   // register tiles over weights that the scan packs first
@@ -62,10 +75,10 @@ struct LayerShape {
 template <class T>
 struct ForwardParams {
   bool reverse = false;
-  const T* w_hh = nullptr;       // [G*H, outputs]
-  const T* w_hr = nullptr;       // [P, H] or null
+  Stored<T> w_hh;                // [G*H, outputs]
+  Stored<T> w_hr;                // [P, H] or null
   const T* bias = nullptr;       // [(G+S)*H] b_ih + b_hh; for separate gates b_ih, and b_hh behind the gates
-  const T* w_ih = nullptr;       // [G*H, I]      kNatural or fused input only
+  Stored<T> w_ih;                // [G*H, I]      kNatural or fused input only
   const T* input = nullptr;      // [rows, I]     kNatural or fused input only
   const T* product = nullptr;    // [N, G*H]      kProduct only: W_hh h_0
   const T* h0 = nullptr;         // [N, outputs] or null: zeros
@@ -86,8 +99,8 @@ struct ForwardParams {
 template <class T>
 struct BackwardParams {
   bool reverse = false;
-  const T* w_hh = nullptr;              // [G*H, outputs]
-  const T* w_hr = nullptr;              // [P, H] or null
+  Stored<T> w_hh;                       // [G*H, outputs]
+  Stored<T> w_hr;                       // [P, H] or null
   const T* reserve = nullptr;           // [rows, reserve_stride]
   int64_t reserve_stride = 0;           //
   const T* output = nullptr;            // [rows, output_stride] if part of a gradient flows to h_{t-1} directly

@@ -9,7 +9,8 @@ namespace {
 constexpr double kFlopsPerMicrosecond = 50e3;
 constexpr double kRegionMicroseconds = 4;     // to open a parallel region
 constexpr double kBarrierMicroseconds = 0.3;  // one barrier, the other core a little late
-constexpr int64_t kNaturalRows = 4;           // dot products read the weights once a row: few rows only
+// Dot products read the weights once for a few rows. A product by GEMM wants them converted first, if they are 16 bits wide.
+constexpr int64_t kNaturalRows = 4, kNaturalRowsOf16Bit = 16;
 constexpr int64_t kOwnRows = 16;  // of a member, from which it uses the weights often enough to have all of them
 // From so many rows on, a step reuses w_ih enough to multiply x within the tiles. Where the weights come from beyond L2
 // at every step it takes more of them, by the part of them that is w_ih, and by what separate gates take from a tile.
@@ -59,7 +60,7 @@ void share_work(const CpuProblem& p, const CpuMachine& machine, CpuPlan& plan) {
 CpuPlan plan_cpu(const CpuProblem& p, const CpuMachine& machine) {
   CpuPlan plan;
   const bool one_step = p.steps == 1 && !p.backward;
-  if (one_step && p.batch <= kNaturalRows) {
+  if (one_step && p.batch <= (p.weight_size == 2 ? kNaturalRowsOf16Bit : kNaturalRows)) {
     plan.recurrent = Recurrent::kNatural;
   } else if (one_step && !p.shape.projected) {
     plan.recurrent = Recurrent::kProduct;

@@ -19,9 +19,10 @@ struct CpuProblem {
   int64_t batch = 1;       // N
   LayerShape shape;
   int directions = 1;      // D
-  int element_size = 4;    // bytes
+  int element_size = 4;    // bytes, of what is computed with
   bool ragged = false;     // lengths, or a packed batch
   bool backward = false;
+  int weight_size = 4;     // bytes, of a weight as it is stored
 };
 
 struct CpuPlan {

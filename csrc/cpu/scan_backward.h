@@ -93,14 +93,18 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     if (rows_.steps > 1) {
       const Range range = share(output_blocks(), place_.member, place_.members);
       for (int64_t b = range.begin; b < range.end; ++b) {
-        pack_columns<kVectors>(p_.w_hh, shape_.outputs, kGates * shape_.units, b,
-                               s_.packed + b * kGates * shape_.units * kWidth);
+        with_stored(p_.w_hh, [&](const auto* w) {
+          pack_columns<kVectors>(w, shape_.outputs, kGates * shape_.units, b,
+                                 s_.packed + b * kGates * shape_.units * kWidth);
+        });
       }
     }
     if (Cell::kProjects && shape_.projected) {
       const Range range = share(unit_blocks(), place_.member, place_.members);
       for (int64_t b = range.begin; b < range.end; ++b) {
-        pack_columns<kVectors>(p_.w_hr, shape_.units, shape_.outputs, b, s_.projection + b * shape_.outputs * kWidth);
+        with_stored(p_.w_hr, [&](const auto* w) {
+          pack_columns<kVectors>(w, shape_.units, shape_.outputs, b, s_.projection + b * shape_.outputs * kWidth);
+        });
       }
     }
   }

@@ -112,17 +112,22 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       const Range units = share(unit_blocks(), place_.member, place_.members);
       for (int64_t b = units.begin; b < units.end; ++b) {
         T* block = s_.packed + b * depth(scan_) * kVectors * kLanes;
-        if (scan_.plan.fused_input) {
-          pack_transposed<kGates, kUnitVectors>(p_.w_ih, shape_.units, shape_.inputs, b, block);
-          block += shape_.inputs * kVectors * kLanes;
-        }
-        pack_transposed<kGates, kUnitVectors>(p_.w_hh, shape_.units, shape_.outputs, b, block);
+        const auto pack = [&](const Stored<T>& matrix, int64_t depth) {
+          with_stored(matrix, [&](const auto* w) {
+            pack_transposed<kGates, kUnitVectors>(w, shape_.units, depth, b, block);
+          });
+          block += depth * kVectors * kLanes;
+        };
+        if (scan_.plan.fused_input) pack(p_.w_ih, shape_.inputs);
+        pack(p_.w_hh, shape_.outputs);
       }
       if (Cell::kProjects && shape_.projected) {
         const Range outputs = share(output_blocks(), place_.member, place_.members);
         for (int64_t b = outputs.begin; b < outputs.end; ++b) {
-          pack_transposed<1, kOutputVectors>(p_.w_hr, shape_.outputs, shape_.units, b,
-                                             s_.projection + b * shape_.units * kOutputs);
+          with_stored(p_.w_hr, [&](const auto* w) {
+            pack_transposed<1, kOutputVectors>(w, shape_.outputs, shape_.units, b,
+                                               s_.projection + b * shape_.units * kOutputs);
+          });
         }
       }
     }
@@ -173,7 +178,8 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   void units_phase(int64_t s, const Row* rows, int64_t count) const {
     zigzag(place_.blocks(unit_blocks()), s, [&](int64_t block, int64_t next) {
       if (scan_.plan.recurrent == Recurrent::kNatural) {
-        for (int64_t i = 0; i < count; ++i) natural_block(rows[i], block);
+        for_row_tiles<kDotInputs>(count,
+                                  [&]<int kRows>(RowTile i) { natural_tile<kRows>(rows + i.first, block); });
       } else if (scan_.plan.fused_input) {
         tiles<kFusedRows, true>(rows, count, block, next);
       } else {
@@ -316,41 +322,46 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     if (row.h_n != nullptr) store(row.h_n + j, h, count);
   }
 
-  // One row and one block with the weights as they lie: nothing is packed for a single step.
-  void natural_block(const Row& row, int64_t block) const {
+  // A few rows and one block with the weights as they lie: nothing is packed for a single step.
+  template <int kRows>
+  void natural_tile(const Row* rows, int64_t block) const {
     const int64_t units = shape_.units;
+    const T *input[kRows], *h[kRows];
+    for (int r = 0; r < kRows; ++r) input[r] = rows[r].input, h[r] = rows[r].h;
     for (int u = 0; u < kUnitVectors; ++u) {
       const int64_t j = block * kUnits + u * kLanes, count = std::min<int64_t>(kLanes, units - j);
       if (count <= 0) return;
-      Several<T, 1> gate[kGates + kSeparate];
-      for (int g = 0; g < kGates; ++g) {
-        T input[kLanes] = {}, recurrent[kLanes] = {};
-        dots(input, p_.w_ih + (g * units + j) * shape_.inputs, shape_.inputs, row.input, count);
-        dots(recurrent, p_.w_hh + (g * units + j) * shape_.outputs, shape_.outputs, row.h, count);
-        gate[g].v[0] = bias(g, j, count) + load(input, kLanes);
-        if (g < kAdding) {
-          gate[g].v[0] = gate[g].v[0] + load(recurrent, kLanes);
-        } else {
-          gate[g + kSeparate].v[0] = bias(g + kSeparate, j, count) + load(recurrent, kLanes);
+      T inputs[kGates][kRows][kLanes] = {}, recurrent[kGates][kRows][kLanes] = {};
+      const auto multiply = [&](T (*sums)[kRows][kLanes], const Stored<T>& matrix, const T* const(&x)[kRows],
+                                int64_t depth) {
+        with_stored(matrix, [&](const auto* w) {
+          for (int g = 0; g < kGates; ++g) dots(sums[g], w + (g * units + j) * depth, x, depth, count);
+        });
+      };
+      multiply(inputs, p_.w_ih, input, shape_.inputs);
+      multiply(recurrent, p_.w_hh, h, shape_.outputs);
+      for (int r = 0; r < kRows; ++r) {
+        Several<T, 1> gate[kGates + kSeparate];
+        for (int g = 0; g < kGates; ++g) {
+          const V product = load(recurrent[g][r], kLanes);
+          gate[g].v[0] = bias(g, j, count) + load(inputs[g][r], kLanes);
+          if (g < kAdding) {
+            gate[g].v[0] = gate[g].v[0] + product;
+          } else {
+            gate[g + kSeparate].v[0] = bias(g + kSeparate, j, count) + product;
+          }
         }
+        finish(rows + r, j, count, gate);
       }
-      finish(&row, j, count, gate);
     }
-  }
-
-  // Dot products of `count` rows of w, one after the other in memory, with x.
-  FASTRNN_INLINE static void dots(T* sum, const T* w, int64_t depth, const T* x, int64_t count) {
-    constexpr int kTogether = 4;
-    int64_t i = 0;
-    for (; i + kTogether <= count; i += kTogether) dot<kTogether>(sum + i, w + i * depth, depth, x, depth);
-    for (; i < count; ++i) dot<1>(sum + i, w + i * depth, depth, x, depth);
   }
 
   void projection_phase(int64_t s, const Row* rows, int64_t count) const {
     const bool natural = scan_.plan.recurrent == Recurrent::kNatural;
     zigzag(place_.blocks(output_blocks()), s, [&](int64_t block, int64_t next) {
       if (natural) {
-        for (int64_t i = 0; i < count; ++i) natural_projection(rows[i], block);
+        for_row_tiles<kDotInputs>(
+            count, [&]<int kRows>(RowTile i) { natural_projection<kRows>(rows + i.first, block); });
       } else {
         for_row_tiles<kOutputRows>(count, [&]<int kRows>(RowTile i) { project<kRows>(rows, i, block, next); });
       }
@@ -378,13 +389,17 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     }
   }
 
-  void natural_projection(const Row& row, int64_t block) const {
+  template <int kRows>
+  void natural_projection(const Row* rows, int64_t block) const {
+    const T* activation[kRows];
+    for (int r = 0; r < kRows; ++r) activation[r] = rows[r].activation;
     for (int v = 0; v < kOutputVectors; ++v) {
       const int64_t j = block * kOutputs + v * kLanes, count = std::min<int64_t>(kLanes, shape_.outputs - j);
       if (count <= 0) return;
-      T sums[kLanes] = {};
-      dots(sums, p_.w_hr + j * shape_.units, shape_.units, row.activation, count);
-      leave(row, j, load(sums, kLanes), count);
+      T sums[kRows][kLanes] = {};
+      with_stored(p_.w_hr,
+                  [&](const auto* w) { dots(sums, w + j * shape_.units, activation, shape_.units, count); });
+      for (int r = 0; r < kRows; ++r) leave(rows[r], j, load(sums[r], kLanes), count);
     }
   }
 };

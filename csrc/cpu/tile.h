@@ -3,7 +3,7 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "cpu/vec.h"
@@ -195,28 +195,53 @@ FASTRNN_INLINE void accumulate(Vec<T> (&sum)[kRows][kVectors], const Packed<T>& 
   }
 }
 
-// sum[r] = the dot product of row r of w (row stride `stride`) with x.
-template <int kRows, class T>
-FASTRNN_INLINE void dot(T* sum, const T* w, int64_t stride, const T* x, int64_t depth) {
+// sum[i][n] = the dot product of row i of w with x[n]. W is T, or 16 bits wide.
+template <int kRows, int kInputs, class T, class W>
+FASTRNN_INLINE void dot(T (&sum)[kRows][kInputs], const W* w, const T* const (&x)[kInputs], int64_t depth) {
   using V = Vec<T>;
-  V s[kRows];
+  V s[kRows][kInputs];
+  set_zero(s);
+  const auto add = [&](int64_t k, int64_t count) {
+    V in[kInputs];
 #pragma GCC unroll 32
-  for (int r = 0; r < kRows; ++r) s[r] = V(0);
+    for (int n = 0; n < kInputs; ++n) in[n] = load(x[n] + k, count);
+#pragma GCC unroll 32
+    for (int i = 0; i < kRows; ++i) {
+      const V weight = load(w + i * depth + k, count);
+#pragma GCC unroll 32
+      for (int n = 0; n < kInputs; ++n) s[i][n] = at::vec::fmadd(in[n], weight, s[i][n]);
+    }
+  };
   int64_t k = 0;
-  for (; k + V::size() <= depth; k += V::size()) {
-    const V v = V::loadu(x + k);
+  for (; k + V::size() <= depth; k += V::size()) add(k, V::size());
+  if (k < depth) add(k, depth - k);
 #pragma GCC unroll 32
-    for (int r = 0; r < kRows; ++r) s[r] = at::vec::fmadd(v, V::loadu(w + r * stride + k), s[r]);
-  }
-  if (k < depth) {
-    const V v = load(x + k, depth - k);
+  for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 32
-    for (int r = 0; r < kRows; ++r) s[r] = at::vec::fmadd(v, load(w + r * stride + k, depth - k), s[r]);
+    for (int n = 0; n < kInputs; ++n) {
+      sum[i][n] = at::vec::vec_reduce_all<T>([](V a, V b) { return a + b; }, s[i][n]);
+    }
   }
-#pragma GCC unroll 32
-  for (int r = 0; r < kRows; ++r) {
-    sum[r] = at::vec::vec_reduce_all<T>([](V a, V b) { return a + b; }, s[r]);
-  }
+}
+
+// Inputs that share a load of the weights.
+inline constexpr int kDotInputs = kVectorRegisters == 32 ? 4 : 2;
+
+// sum[n][i] = the dot product of row i of w with x[n], for `count` rows, at most a vector of them. Shared by the cells.
+template <int kInputs, class T, class W>
+[[gnu::noinline]] void dots(T (*sum)[Vec<T>::size()], const W* w, const T* const (&x)[kInputs], int64_t depth,
+                            int64_t count) {
+  constexpr int kTogether = 4;
+  const auto rows = [&]<int kRows>(int64_t first) {
+    T part[kRows][kInputs];
+    dot(part, w + first * depth, x, depth);
+    for (int i = 0; i < kRows; ++i) {
+      for (int n = 0; n < kInputs; ++n) sum[n][first + i] = part[i][n];
+    }
+  };
+  int64_t i = 0;
+  for (; i + kTogether <= count; i += kTogether) rows.template operator()<kTogether>(i);
+  for (; i < count; ++i) rows.template operator()<1>(i);
 }
 
 // Calls f.template operator()<n>() for the run-time n in 1..kMax.
@@ -242,10 +267,10 @@ FASTRNN_INLINE void for_row_tiles(int64_t count, const F& f) {
 
 constexpr int64_t blocks(int64_t columns, int64_t width) { return (columns + width - 1) / width; }
 
-// The weights of one block of units, transposed: out [k][gates][kUnitVectors][lanes] from w [gates * units, depth].
-// Units beyond the last become zero columns.
-template <int kGates, int kUnitVectors, class T>
-void pack_transposed(const T* w, int64_t units, int64_t depth, int64_t block, T* out) {
+// The weights of one block of units, transposed: out [k][gates][kUnitVectors][lanes] from w [gates * units, depth], in T or
+// 16 bits. Units beyond the last become zero columns.
+template <int kGates, int kUnitVectors, class T, class W>
+void pack_transposed(const W* w, int64_t units, int64_t depth, int64_t block, T* out) {
   constexpr int kLanes = Vec<T>::size();
   constexpr int kWidth = kGates * kUnitVectors * kLanes;
   constexpr int64_t kStrip = 64;  // of k: a strip of the output stays in L1 while its lanes are filled one by one
@@ -253,30 +278,51 @@ void pack_transposed(const T* w, int64_t units, int64_t depth, int64_t block, T*
     const int64_t k1 = k0 + kStrip < depth ? k0 + kStrip : depth;
     for (int v = 0; v < kGates * kUnitVectors; ++v) {
       const int64_t unit = (block * kUnitVectors + v % kUnitVectors) * kLanes;
-      const T* from = w + (v / kUnitVectors * units + unit) * depth;
+      const int64_t rows = units - unit < kLanes ? units - unit : kLanes;
+      const W* stored = w + (v / kUnitVectors * units + unit) * depth;
+      const T* from;  // [rows, stride], its first column is column k0 of w
+      int64_t stride;
+      T wide[std::is_same_v<W, T> ? 1 : kLanes * kStrip];
+      if constexpr (std::is_same_v<W, T>) {
+        from = stored + k0;
+        stride = depth;
+      } else {
+        from = wide;
+        stride = kStrip;
+        for (int64_t lane = 0; lane < rows; ++lane) {
+          for (int64_t k = k0; k < k1; k += kLanes) {
+            load(stored + lane * depth + k, k1 - k).store(wide + lane * kStrip + k - k0);
+          }
+        }
+      }
       T* to = out + v * kLanes;
       int64_t k = k0;
-      if (unit + kLanes <= units) {
+      if (rows == kLanes) {
         for (; k + kLanes <= k1; k += kLanes) {
-          at::vec::transpose_mxn<T, kLanes, kLanes>(from + k, depth, to + k * kWidth, kWidth);
+          at::vec::transpose_mxn<T, kLanes, kLanes>(from + k - k0, stride, to + k * kWidth, kWidth);
         }
       }
       for (int lane = 0; lane < kLanes; ++lane) {
-        for (int64_t i = k; i < k1; ++i) to[i * kWidth + lane] = unit + lane < units ? from[lane * depth + i] : T(0);
+        for (int64_t i = k; i < k1; ++i) to[i * kWidth + lane] = lane < rows ? from[lane * stride + i - k0] : T(0);
       }
     }
   }
 }
 
-// One block of columns as it lies: out [depth][kVectors][lanes] from w [depth, columns], zeros beyond the last column.
-template <int kVectors, class T>
-void pack_columns(const T* w, int64_t columns, int64_t depth, int64_t block, T* out) {
-  constexpr int64_t kWidth = kVectors * Vec<T>::size();
+// One block of columns as it lies: out [depth][kVectors][lanes] from w [depth, columns], in T or 16 bits, zeros beyond the
+// last column.
+template <int kVectors, class T, class W>
+void pack_columns(const W* w, int64_t columns, int64_t depth, int64_t block, T* out) {
+  constexpr int kLanes = Vec<T>::size();
+  constexpr int64_t kWidth = kVectors * kLanes;
   const int64_t begin = block * kWidth;
-  const int64_t width = columns - begin < kWidth ? columns - begin : kWidth;
   for (int64_t k = 0; k < depth; ++k) {
-    std::memcpy(out + k * kWidth, w + k * columns + begin, width * sizeof(T));
-    for (int64_t j = width; j < kWidth; ++j) out[k * kWidth + j] = T(0);
+#pragma GCC unroll 32
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t j = begin + v * kLanes;
+      const Vec<T> row = j < columns ? load(w + k * columns + j, columns - j) : Vec<T>(0);
+      row.store(out + k * kWidth + v * kLanes);
+    }
   }
 }
 

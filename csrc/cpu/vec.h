@@ -4,7 +4,10 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
+#include <cstring>
+
 #include "core/activation.h"
+#include "core/params.h"
 
 namespace fastrnn {
 inline namespace CPU_CAPABILITY {
@@ -26,6 +29,32 @@ inline constexpr int kAccumulators = kVectorRegisters * 3 / 4;
 template <class T>
 FASTRNN_INLINE Vec<T> load(const T* p, int64_t count) {
   return count >= Vec<T>::size() ? Vec<T>::loadu(p) : Vec<T>::loadu(p, count);
+}
+
+// The same of 16-bit numbers.
+template <class T>
+FASTRNN_INLINE Vec<float> load_wide(const T* p, int64_t count) {
+  Vec<float> v;
+  if (count >= Vec<float>::size()) {
+    at::vec::load_to_float(p, v);
+  } else {
+    T part[Vec<float>::size()] = {};
+    std::memcpy(part, p, count * sizeof(T));
+    at::vec::load_to_float(part, v);
+  }
+  return v;
+}
+FASTRNN_INLINE Vec<float> load(const at::BFloat16* p, int64_t count) { return load_wide(p, count); }
+FASTRNN_INLINE Vec<float> load(const at::Half* p, int64_t count) { return load_wide(p, count); }
+
+// f(the matrix in its own type)
+template <class T, class F>
+FASTRNN_INLINE void with_stored(const Stored<T>& matrix, const F& f) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (matrix.storage == Storage::kBFloat16) return f(static_cast<const at::BFloat16*>(matrix.data));
+    if (matrix.storage == Storage::kHalf) return f(static_cast<const at::Half*>(matrix.data));
+  }
+  f(static_cast<const T*>(matrix.data));
 }
 
 template <class T>

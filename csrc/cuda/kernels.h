@@ -9,8 +9,6 @@
 
 namespace fastrnn {
 
-enum class Storage { kFloat, kDouble, kHalf, kBFloat16 };
-
 // One step of one direction.
 struct StepRows {
   int64_t t = 0;

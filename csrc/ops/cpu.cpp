@@ -26,7 +26,8 @@ CpuMachine machine() {
   return {serial ? 1 : at::get_num_threads(), l2_cache_bytes()};
 }
 
-Scan make_scan(CellKind kind, const Layout& l, const Sizes& z, const RowTable& table, int element_size, bool backward) {
+Scan make_scan(CellKind kind, const Layout& l, const Sizes& z, const RowTable& table, int element_size,
+               int weight_size, bool backward) {
   Scan scan{kind, {z.inputs, z.units, z.outputs, l.projected}, table.rows(), {}, l.directions};
   const CpuProblem problem{
       .gates = traits(kind).gates,
@@ -38,6 +39,7 @@ Scan make_scan(CellKind kind, const Layout& l, const Sizes& z, const RowTable& t
       .element_size = element_size,
       .ragged = table.ragged(),
       .backward = backward,
+      .weight_size = weight_size,
   };
   scan.plan = plan_cpu(problem, machine());
   return scan;
@@ -62,20 +64,32 @@ Tensor with_huge_pages(Tensor buffer) {
   return buffer;
 }
 
-Tensors contiguous(TensorList tensors, at::ScalarType type) {
+template <class T>
+constexpr auto scalar_type = c10::CppTypeToScalarType<T>::value;
+
+template <class T>
+Tensor as(const Tensor& t) {
+  return t.defined() ? t.to(scalar_type<T>).contiguous() : t;
+}
+
+Tensors contiguous(TensorList tensors) {
   Tensors result;
   result.reserve(tensors.size());
-  for (const Tensor& t : tensors) result.push_back(t.to(type).contiguous());
+  for (const Tensor& t : tensors) result.push_back(t.contiguous());
   return result;
 }
 
+// Computes in T. The weights stay as they are stored: the scan converts them as it packs or multiplies them.
 template <class T>
-Tensors forward(CellKind kind, const Layout& l, const Tensor& input, const Tensors& hx, const Tensors& weights,
-                const RowTable& table, bool need_steps, bool need_reserve) {
+Tensors forward(CellKind kind, const Layout& l, const Tensor& stored_input, TensorList stored_hx,
+                const Tensors& weights, const RowTable& table, bool need_steps, bool need_reserve) {
   const CellTraits& cell = traits(kind);
   const Sizes z(l);
+  const Tensor input = as<T>(stored_input);
+  Tensors hx;
+  for (const Tensor& state : stored_hx) hx.push_back(as<T>(state));
   const auto options = input.options();
-  Scan scan = make_scan(kind, l, z, table, sizeof(T), false);
+  Scan scan = make_scan(kind, l, z, table, sizeof(T), weights[0].element_size(), false);
   const bool projects = scan.plan.recurrent == Recurrent::kNatural || scan.plan.fused_input;
   const int64_t directions = l.directions, total = table.total();
   const bool clear = table.ragged() && !l.packed;
@@ -96,11 +110,12 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, const Tenso
   for (int d = 0; d < l.directions; ++d) {
     ForwardParams<T>& p = params[d];
     p.reverse = d == 1;
-    p.w_hh = data<T>(weights[l.w_hh(d)]);
-    if (l.projected) p.w_hr = data<T>(weights[l.w_hr(d)]);
+    p.w_hh = stored<T>(weights[l.w_hh(d)]);
+    if (l.projected) p.w_hr = stored<T>(weights[l.w_hr(d)]);
     T* direction_bias = bias.mutable_data_ptr<T>() + d * bias_width;
-    sum_biases(cell.gates, cell.separate, z.units, l.biases ? weights[l.b_ih(d)].const_data_ptr<T>() : nullptr,
-               l.biases ? weights[l.b_hh(d)].const_data_ptr<T>() : nullptr, direction_bias);
+    const Tensor b_ih = l.biases ? as<T>(weights[l.b_ih(d)]) : Tensor();
+    const Tensor b_hh = l.biases ? as<T>(weights[l.b_hh(d)]) : Tensor();
+    sum_biases(cell.gates, cell.separate, z.units, data<T>(b_ih), data<T>(b_hh), direction_bias);
     p.bias = direction_bias;
     if (!hx.empty()) p.h0 = direction(data<T>(hx[0]), d, z.batch * z.outputs);
     if (hx.size() > 1) p.c0 = direction(data<T>(hx[1]), d, z.batch * z.units);
@@ -116,13 +131,13 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, const Tenso
       p.cells_stride = directions * z.units;
     }
     if (projects) {
-      p.w_ih = data<T>(weights[l.w_ih(d)]);
+      p.w_ih = stored<T>(weights[l.w_ih(d)]);
       p.input = data<T>(x);
     } else if (total > 0) {
       Tensor projection = gates.select(0, d).view({total, columns}).narrow(1, 0, cell.gates * z.units);
-      at::mm_out(projection, x, weights[l.w_ih(d)].t());
+      at::mm_out(projection, x, as<T>(weights[l.w_ih(d)]).t());
       if (scan.plan.recurrent == Recurrent::kProduct && p.h0 != nullptr) {
-        products[d] = at::mm(hx[0].select(0, d), weights[l.w_hh(d)].t());
+        products[d] = at::mm(hx[0].select(0, d), as<T>(weights[l.w_hh(d)]).t());
         p.product = data<T>(products[d]);
       }
     }
@@ -135,14 +150,13 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, const Tenso
 }
 
 // The same as a copy, for rows that end or start anew: [rows, outputs], zeros where no state entered.
-template <class T>
 Tensor copy_previous(const Rows& rows, int64_t total, const Tensor& output, int d, const Tensor& h0, int64_t width) {
   Tensor previous = at::zeros({total, width}, output.options());
-  T* to = previous.mutable_data_ptr<T>();
   const bool reverse = d == 1;
-  const int64_t stride = output.size(-1);
-  const T* from = output.const_data_ptr<T>() + d * width;
-  const T* initial = data<T>(h0);
+  const int64_t row_bytes = width * output.element_size(), stride = output.size(-1) * output.element_size();
+  auto* to = static_cast<char*>(previous.mutable_data_ptr());
+  const auto* from = static_cast<const char*>(output.const_data_ptr()) + d * row_bytes;
+  const auto* initial = h0.defined() ? static_cast<const char*>(h0.const_data_ptr()) : nullptr;
   constexpr int64_t kElementsWorthAThread = 32768;
   const int64_t grain = std::max<int64_t>(1, kElementsWorthAThread / std::max<int64_t>(1, rows.batch * width));
   const auto copy_steps = [&](int64_t begin, int64_t end) {
@@ -150,10 +164,10 @@ Tensor copy_previous(const Rows& rows, int64_t total, const Tensor& output, int 
       for (int64_t i = 0; i < rows.active[t]; ++i) {
         const int64_t n = rows.order[i];
         const Sequence sequence = rows.sequence(n);
-        const T* source = sequence.flows(t, reverse) ? from + rows.row(reverse ? t + 1 : t - 1, n) * stride
-                          : sequence.enters(t, reverse) && initial != nullptr ? initial + n * width
-                                                                              : nullptr;
-        if (source != nullptr) std::memcpy(to + rows.row(t, n) * width, source, width * sizeof(T));
+        const char* source = sequence.flows(t, reverse) ? from + rows.row(reverse ? t + 1 : t - 1, n) * stride
+                             : sequence.enters(t, reverse) && initial != nullptr ? initial + n * row_bytes
+                                                                                 : nullptr;
+        if (source != nullptr) std::memcpy(to + rows.row(t, n) * row_bytes, source, row_bytes);
       }
     }
   };
@@ -165,23 +179,37 @@ Tensor copy_previous(const Rows& rows, int64_t total, const Tensor& output, int 
   return previous;
 }
 
+// The dtype of the products after a backward scan that computes in `type`, of matrices stored as `stored`.
+at::ScalarType product_type(at::ScalarType stored, at::ScalarType type, int64_t rows) {
+  constexpr int64_t kFewRows = 8;  // for which to convert the weights takes longer than to multiply them
+  return stored == at::kBFloat16 && rows <= kFewRows ? stored : type;
+}
+
+// Computes in T; the products after the scan in product_type.
 template <class T>
 Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_outputs, const Tensor& input,
                  const Tensors& hx, const Tensors& weights, const RowTable& table, const Tensor& output,
-                 const Tensor& reserve, bool batch_first, const Mask& mask, int64_t groups) {
+                 const Tensor& stored_reserve, bool batch_first, const Mask& mask, int64_t groups) {
   const CellTraits& cell = traits(kind);
   const Sizes z(l);
-  const auto options = input.options();
-  const auto type = input.scalar_type();
+  const auto options = input.options().dtype(scalar_type<T>);
   const Rows& rows = table.rows();
   const int64_t total = table.total(), directions = l.directions;
-  const Scan scan = make_scan(kind, l, z, table, sizeof(T), true);
+  const Scan scan = make_scan(kind, l, z, table, sizeof(T), weights[0].element_size(), true);
+  const auto product = product_type(input.scalar_type(), scalar_type<T>, total);
 
-  BackwardArguments a{kind, l, z, {}, input.reshape({total, z.inputs}), hx, weights, batch_first, mask, groups};
-  for (size_t i = 0; i < grad_outputs.size(); ++i) {
-    const Tensor g = or_undefined(grad_outputs.get(i));
-    a.grads.push_back(g.defined() ? g.to(type).contiguous() : g);
+  Tensors factors(weights.size());
+  BackwardArguments a{kind,        l,    z, {}, input.reshape({total, z.inputs}).to(product), hx, factors,
+                      batch_first, mask, groups};
+  for (int d = 0; d < l.directions; ++d) {
+    if (a.wants_input()) factors[l.w_ih(d)] = weights[l.w_ih(d)].to(product);
+    if (a.wants_state(0)) factors[l.w_hh(d)] = weights[l.w_hh(d)].to(product);
   }
+  for (size_t i = 0; i < grad_outputs.size(); ++i) a.grads.push_back(as<T>(or_undefined(grad_outputs.get(i))));
+  const Tensor reserve = as<T>(stored_reserve);
+  const Tensor states = cell.carries_h ? as<T>(output) : Tensor();  // h before each step, where the cell's own needs it
+  const Tensor h0 = cell.carries_h && !hx.empty() ? as<T>(hx[0]) : Tensor();
+  const Tensor c0 = hx.size() > 1 ? as<T>(hx[1]) : Tensor();
   const Tensors& grads = a.grads;
   const bool has_cell = cell.states > 1;
   const bool has_steps = grads.size() > static_cast<size_t>(1 + cell.states);
@@ -206,29 +234,29 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
       g.grad_projected = allocate(z.outputs);
       g.activation = reserve.select(0, d).view({total, reserve_columns}).narrow(1, cell.saved * z.units, z.units);
     }
-    const Tensor h0 = hx.empty() ? Tensor() : hx[0].select(0, d);
+    const Tensor initial = hx.empty() ? Tensor() : hx[0].select(0, d);
     if (a.wants_weight(l.w_hh(d))) {
       if (table.ragged() || rows.reset != nullptr || rows.batch_stride != 1 || groups > 0) {
-        g.previous = copy_previous<T>(rows, total, output, d, h0, z.outputs);
+        g.previous = copy_previous(rows, total, output, d, initial, z.outputs);
       } else {
         const int64_t later = total - z.batch;  // rows but those of a direction's first step
-        const Tensor states = output.view({total, directions * z.outputs}).narrow(1, d * z.outputs, z.outputs);
-        g.previous = states.narrow(0, d == 0 ? 0 : z.batch, later);
+        const Tensor own = output.view({total, directions * z.outputs}).narrow(1, d * z.outputs, z.outputs);
+        g.previous = own.narrow(0, d == 0 ? 0 : z.batch, later);
         g.previous_first = d == 0 ? z.batch : 0;
-        g.initial = h0;
+        g.initial = initial;
         g.initial_first = d == 0 ? 0 : later;
       }
     }
     BackwardParams<T>& p = params[d];
     p.reverse = d == 1;
-    p.w_hh = data<T>(weights[l.w_hh(d)]);
-    if (l.projected) p.w_hr = data<T>(weights[l.w_hr(d)]);
+    p.w_hh = stored<T>(weights[l.w_hh(d)]);
+    if (l.projected) p.w_hr = stored<T>(weights[l.w_hr(d)]);
     p.reserve = direction(data<T>(reserve), d, total * reserve_columns);
     p.reserve_stride = reserve_columns;
-    p.output = direction(data<T>(output), d, z.outputs);
+    p.output = direction(data<T>(states), d, z.outputs);
     p.output_stride = directions * z.outputs;
-    p.h0 = data<T>(h0);
-    if (hx.size() > 1) p.c0 = direction(data<T>(hx[1]), d, z.batch * z.units);
+    p.h0 = direction(data<T>(h0), d, z.batch * z.outputs);
+    p.c0 = direction(data<T>(c0), d, z.batch * z.units);
     p.grad_output = direction(data<T>(grads[0]), d, z.outputs);
     p.grad_output_stride = directions * z.outputs;
     p.grad_h_n = direction(data<T>(grads[1]), d, z.batch * z.outputs);
@@ -254,9 +282,10 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
 
   // Rows beyond a length: gathered away, so that nothing of them, NaN included, enters a product.
   const auto clean = [&](const Tensor& t) {
-    if (!valid || !t.defined()) return t;
-    const Tensor kept = t.index_select(0, *valid);
-    return groups == 0 ? kept : at::zeros_like(t).index_copy_(0, *valid, kept);
+    if (!t.defined()) return t;
+    if (!valid) return t.to(product);
+    const Tensor kept = t.index_select(0, *valid).to(product);
+    return groups == 0 ? kept : at::zeros_like(t, product).index_copy_(0, *valid, kept);
   };
   a.input = clean(a.input);
   for (int d = 0; d < l.directions; ++d) {
@@ -267,9 +296,12 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
     g.recurrent = {gates.narrow(1, 0, together)};
     if (cell.separate > 0) g.recurrent.push_back(gates.narrow(1, cell.gates * z.units, cell.separate * z.units));
     g.previous = clean(g.previous);
+    if (g.initial.defined()) g.initial = g.initial.to(product);
     g.grad_projected = clean(g.grad_projected);
     g.activation = clean(g.activation);
   }
+
+  if (scanned.grad_first.defined()) scanned.grad_first = scanned.grad_first.to(product);
 
   Tensor empty_rows;
   if (valid) {
@@ -278,7 +310,7 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   }
   Tensors result = layer_gradients(a, scanned, empty_rows);
   if (a.wants_input()) {
-    if (valid && groups == 0) result[0] = at::zeros({total, z.inputs}, options).index_copy_(0, *valid, result[0]);
+    if (valid && groups == 0) result[0] = at::zeros({total, z.inputs}, result[0].options()).index_copy_(0, *valid, result[0]);
     result[0] = result[0].view(input.sizes());
   }
   return result;
@@ -306,9 +338,7 @@ Tensors layer(const Tensor& input, TensorList hx, TensorList weights, const Opti
   const RowTable table(l, input, lengths, reset, batch_sizes, batch_first);
   return with_type(input, [&](auto zero) {
     using T = decltype(zero);
-    constexpr auto type = c10::CppTypeToScalarType<T>::value;
-    Tensors result = forward<T>(kind, l, input.to(type).contiguous(), contiguous(hx, type), contiguous(weights, type),
-                                table, need_steps, need_reserve);
+    Tensors result = forward<T>(kind, l, input, hx, contiguous(weights), table, need_steps, need_reserve);
     for (size_t i = 0; i + 1 < result.size(); ++i) result[i] = result[i].to(input.scalar_type());
     return result;
   });
@@ -326,10 +356,8 @@ Tensors layer_backward(const OptionalTensors& grad_outputs, const Tensor& input,
   const int64_t groups = symbolic_groups.expect_int();
   Tensors result = with_type(input, [&](auto zero) {
     using T = decltype(zero);
-    constexpr auto type = c10::CppTypeToScalarType<T>::value;
-    return backward<T>(kind, l, grad_outputs, input.to(type).contiguous(), contiguous(hx, type),
-                       contiguous(weights, type), table, output.to(type).contiguous(), reserve.to(type).contiguous(),
-                       batch_first, mask, groups);
+    return backward<T>(kind, l, grad_outputs, input, contiguous(hx), contiguous(weights), table, output.contiguous(),
+                       reserve, batch_first, mask, groups);
   });
   for (size_t i = 0; i < result.size(); ++i) {
     result[i] = result[i].defined() ? result[i].to(input.scalar_type()) : at::empty({0}, input.options());

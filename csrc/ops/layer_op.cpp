@@ -3,6 +3,7 @@
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
@@ -38,7 +39,13 @@ class Reduction {
         const int64_t rows = term.x.size(0);
         if (rows == 0) continue;
         const Tensor factor = part.narrow(0, term.first, rows).t();
-        begun ? slice.addmm_(factor, term.x) : at::mm_out(slice, factor, term.x);
+        if (begun) {
+          slice.addmm_(factor, term.x);
+        } else if (rows == 1) {
+          at::mul_out(slice, factor, term.x);  // written once; a product of one k would be prepared as one of many
+        } else {
+          at::mm_out(slice, factor, term.x);
+        }
         begun = true;
       }
       if (!begun) slice.zero_();
@@ -47,7 +54,7 @@ class Reduction {
     return whole;
   }
   Tensor outer(const Tensor& grad, const Tensor& x) const {
-    if (groups_ == 0) return at::mm(grad.t(), x);
+    if (groups_ == 0) return outer(std::vector<Tensor>{grad}, {{0, x}});
     return at::bmm(grouped(grad).transpose(1, 2), grouped(x));
   }
   // [rows, A] -> [A] or [groups, A]
@@ -77,6 +84,21 @@ Tensor allocate(std::vector<int64_t> rows, int64_t last, const at::TensorOptions
 }
 
 }  // namespace
+
+Storage storage_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return Storage::kFloat;
+    case at::kDouble:
+      return Storage::kDouble;
+    case at::kHalf:
+      return Storage::kHalf;
+    case at::kBFloat16:
+      return Storage::kBFloat16;
+    default:
+      TORCH_CHECK(false, "Expected float64, float32, bfloat16 or float16, got ", t.scalar_type());
+  }
+}
 
 LayerResult::LayerResult(CellKind kind, const Sizes& z, const Tensor& input, bool need_steps, bool clear)
     : rows(input.sizes().begin(), input.sizes().end() - 1) {

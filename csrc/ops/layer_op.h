@@ -3,6 +3,7 @@
 
 #include <ATen/ops/empty.h>
 
+#include "core/params.h"
 #include "ops/checks.h"
 
 namespace fastrnn {
@@ -19,10 +20,18 @@ struct Sizes {
         outputs(l.outputs.expect_int()) {}
 };
 
+// Of the four dtypes that the layers take; an error for any other.
+Storage storage_of(const Tensor& t);
+
 // The data of a tensor, null where it is undefined or has none.
 template <class T>
 const T* data(const Tensor& t) {
   return t.defined() && t.numel() > 0 ? t.const_data_ptr<T>() : nullptr;
+}
+
+template <class T>
+Stored<T> stored(const Tensor& t) {
+  return t.defined() && t.numel() > 0 ? Stored<T>(t.const_data_ptr(), storage_of(t)) : Stored<T>();
 }
 
 // What a layer returns but for the reserve, in that order: output, h_n, c_n, c of every step.

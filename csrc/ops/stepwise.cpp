@@ -17,21 +17,6 @@
 namespace fastrnn {
 namespace {
 
-Storage storage_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return Storage::kFloat;
-    case at::kDouble:
-      return Storage::kDouble;
-    case at::kHalf:
-      return Storage::kHalf;
-    case at::kBFloat16:
-      return Storage::kBFloat16;
-    default:
-      TORCH_CHECK(false, "Expected float64, float32, bfloat16 or float16, got ", t.scalar_type());
-  }
-}
-
 const void* pointer(const Tensor& t) { return t.defined() && t.numel() > 0 ? t.const_data_ptr() : nullptr; }
 void* mutable_pointer(const Tensor& t) { return t.defined() && t.numel() > 0 ? t.mutable_data_ptr() : nullptr; }
 

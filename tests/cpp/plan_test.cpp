@@ -48,6 +48,13 @@ void test_plan() {
   CHECK(!fused(0, 15, 256, 256) && fused(0, 16, 256, 256) && !fused(1, 31, 256, 256) && fused(1, 32, 256, 256));
   CHECK(fused(0, 12, 100, 300) && !fused(0, 23, 900, 256));
   CHECK(fused(0, 2, 8, 512) && !fused(0, 2, 9, 512));
+  // weights of 16 bits are read as they lie for more rows
+  for (const int64_t batch : {4, 5, 16, 17}) {
+    CpuProblem step{4, 0, 1, batch, {64, 64, 64, false}, 1, 4, false, false};
+    CHECK((plan_cpu(step, {1, 1 << 20}).recurrent == Recurrent::kNatural) == (batch <= 4));
+    step.weight_size = 2;
+    CHECK((plan_cpu(step, {1, 1 << 20}).recurrent == Recurrent::kNatural) == (batch <= 16));
+  }
   const CpuProblem tiny{1, 0, 2, 1, {4, 4, 4, false}, 1, 4, false, false};
   CHECK(plan_cpu(tiny, {2, 1 << 21}).threads == 1);
 }
