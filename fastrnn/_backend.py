@@ -44,6 +44,9 @@ def _load() -> None:
     capability = os.environ.get("FASTRNN_CPU_CAPABILITY", "")
     if capability not in ("", *CPU_CAPABILITIES):  # the library refuses it too, but that would look like a broken one
         raise ValueError(f"FASTRNN_CPU_CAPABILITY should be one of avx512, avx2 or default, got: {capability!r}")
+    bf16 = os.environ.get("FASTRNN_CPU_BF16", "")
+    if bf16 not in ("", "auto", "off", "emulate"):
+        raise ValueError(f"FASTRNN_CPU_BF16 should be one of auto, off or emulate, got: {bf16!r}")
     try:
         extension = importlib.import_module(name)
     except (ImportError, OSError) as error:

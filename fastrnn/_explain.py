@@ -28,7 +28,8 @@ def build_info() -> dict[str, Any]:
     dict
         ``backend`` ("native" or "python"), ``reason`` (why it is python, else empty), and from the native library:
         its version, the torch and compiler that it was built with, whether it has CUDA, the CPU capabilities built in,
-        and ``cpu_capability``, the one in use.
+        ``cpu_capability``, the one in use, and ``cpu_bf16``, how bfloat16 is multiplied: "native", by instructions of
+        the machine; "none", in float32; or "emulated" (``FASTRNN_CPU_BF16=emulate``).
     """
     info: dict[str, Any] = {
         "backend": "python" if _backend.layer_ops is None else "native",
@@ -37,6 +38,7 @@ def build_info() -> dict[str, Any]:
     if _backend.native is not None:
         info |= _backend.native.build_info()
         info["cpu_capability"] = _backend.native.cpu_capability()
+        info["cpu_bf16"] = _backend.native.cpu_bf16()
     return info
 
 
@@ -140,7 +142,7 @@ def _plans(module: Any, cell: str, input: Any, data: Tensor, lengths: Tensor | N
             module.hidden_size,
             proj_size,
             directions,
-            8 if data.dtype == torch.float64 else 4,  # 16 bits are computed in float32
+            str(data.dtype).removeprefix("torch."),
             training,
             torch.get_num_threads(),
             ragged=ragged,
@@ -159,6 +161,8 @@ def _words(plan: dict[str, Any], prefix: str) -> str:
     recurrent = plan.get(f"{prefix}recurrent")
     if recurrent is not None:
         words.append(_RECURRENT.get(recurrent, str(recurrent)))
+    if plan.get(f"{prefix}bf16"):
+        words.append("products of bfloat16 with sums in float32")
     if plan.get(f"{prefix}fused_input"):
         words.append("the input multiplied within the same tiles")
     return ", ".join(words)

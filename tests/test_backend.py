@@ -89,8 +89,13 @@ def test_capability_that_is_not_one(value, native):
     assert "Warning" not in done.stderr
 
 
-def test_empty_capability_is_none(native):
-    done = python(USE, FASTRNN_BACKEND="native", FASTRNN_CPU_CAPABILITY="")
+def test_bf16_that_is_not_one(native):
+    done = python(USE, FASTRNN_BACKEND="native", FASTRNN_CPU_BF16="yes")
+    assert "ValueError: FASTRNN_CPU_BF16 should be one of auto, off or emulate, got: 'yes'" in done.stderr
+
+
+def test_empty_variable_is_none(native):
+    done = python(USE, FASTRNN_BACKEND="native", FASTRNN_CPU_CAPABILITY="", FASTRNN_CPU_BF16="")
     assert done.stdout.strip() == "native", done.stderr
 
 
@@ -162,7 +167,7 @@ def test_explain_native(native):
 
 
 def test_explain_asks_for_the_plan_that_runs(native, monkeypatch):
-    """16 bits are computed in float32; rows are ragged where a length falls short of T."""
+    """That of the tensors' dtype; rows are ragged where a length falls short of T."""
     asked = []
 
     class Native:
@@ -181,7 +186,8 @@ def test_explain_asks_for_the_plan_that_runs(native, monkeypatch):
     for lengths in ([4, 1], [4, 4]):
         fastrnn.explain(net, input, lengths=torch.tensor(lengths))
         fastrnn.explain(net, torch.nn.utils.rnn.pack_padded_sequence(input, lengths))
-    assert asked == [(4, False), (8, False), (4, False), (4, True), (4, True), (4, False), (4, False)]
+    dtypes = ["float32", "float64", "bfloat16", *["float32"] * 4]
+    assert asked == list(zip(dtypes, [False, False, False, True, True, False, False], strict=True))
 
 
 def test_explain_another_device(monkeypatch):

@@ -19,7 +19,7 @@ CODE = """
     from test_features import OPTIONS, compare_apart
     from test_modules import compare
     torch.set_num_threads(1)
-    print(fastrnn.build_info()["cpu_capability"])
+    print(fastrnn.build_info()["cpu_capability"], fastrnn.build_info()["cpu_bf16"])
     flags = ({}, {"num_layers": 2, "bidirectional": True}, {"layout": "unsorted", "bias": False, "hx": False})
     sizes = ((3, 3, 17, 17), (17, 1, 3, 129), (1, 17, 129, 3), (5, 17, 1, 33), (1, 1, 129, 17), (1, 7, 17, 129))
     dtype = getattr(torch, "DTYPE")
@@ -41,14 +41,66 @@ def test_rule_on_every_capability(capability, dtype, native):
     order = ["default", "avx2", "avx512"]
     if capability not in order[: order.index(native.cpu_capability()) + 1]:
         pytest.skip(f"this machine, or FASTRNN_CPU_CAPABILITY, stops at {native.cpu_capability()}")
-    done = python(CODE.replace("DTYPE", dtype), FASTRNN_BACKEND="native", FASTRNN_CPU_CAPABILITY=capability)
+    variables = {"FASTRNN_BACKEND": "native", "FASTRNN_CPU_CAPABILITY": capability, "FASTRNN_CPU_BF16": "off"}
+    done = python(CODE.replace("DTYPE", dtype), **variables)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == capability
+    assert done.stdout.split() == [capability, "none"]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rule_with_products_of_bfloat16(threads, native):
+    """As on a machine with instructions for them, by loops in their place."""
+    code = CODE.replace("DTYPE", "bfloat16").replace("set_num_threads(1)", f"set_num_threads({threads})")
+    done = python(code, FASTRNN_BACKEND="native", FASTRNN_CPU_BF16="emulate")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [native.cpu_capability(), "emulated"]
+
+
+# What float32 modules do with products of bfloat16, only by torch's leave, with more rows than one product takes.
+PRECISION = """
+    import torch, fastrnn
+    assert "products of bfloat16" not in fastrnn.explain(fastrnn.GRU(3, 5), torch.ones(7, 37, 3))
+    for name in ("RNN", "LSTM", "GRU"):
+        torch.manual_seed(1)
+        net, input = getattr(fastrnn, name)(17, 129, bidirectional=True), torch.randn(7, 37, 17)
+
+        def results(module, input):
+            module.zero_grad()
+            input = input.clone().requires_grad_()
+            output, state = module(input)
+            output.square().sum().backward()
+            return [output.detach(), input.grad, *[p.grad.clone() for p in module.parameters()]]
+
+        exact = results(net, input)
+        torch.backends.mkldnn.rnn.fp32_precision = "bf16"
+        rounded = results(net, input)
+        assert "products of bfloat16" in fastrnn.explain(net, input)
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert "products of bfloat16" not in fastrnn.explain(net, input)
+        assert "products of bfloat16" not in fastrnn.explain(net.double(), input.double())
+        found = results(net, input.double())
+        torch.backends.mkldnn.rnn.fp32_precision = "ieee"
+        for one, other in zip(found, results(net, input.double()), strict=True):
+            assert torch.equal(one, other)
+        for one, other in zip(exact, results(net.float(), input), strict=True):
+            assert torch.equal(one, other)
+        twice = torch.finfo(torch.bfloat16).eps
+        for one, other in zip(rounded, exact, strict=True):
+            error = (one - other).abs().max() / other.abs().max()
+            assert 1e-5 < error < twice, (name, error)
+"""
+
+
+def test_products_of_bfloat16_by_leave(native):
+    done = python(PRECISION, FASTRNN_BACKEND="native", FASTRNN_CPU_BF16="emulate")
+    assert done.returncode == 0, done.stderr
 
 
 @parametrize([case for d in DTYPES for case in small(steps=200, inputs=17, hidden=33, bidirectional=True, dtype=d)])
 def test_states_are_not_rounded_between_steps(case, backend):
     """A layer's results are those of float32 on the same numbers, rounded once: nothing adds up over the steps."""
+    if (backend, case.dtype) == ("native", torch.bfloat16) and fastrnn.build_info()["cpu_bf16"] != "none":
+        pytest.skip("products of bfloat16 round h before they multiply it")
     found = tensors(module(case).forward_states(*data(case)))
     expected = tensors(module(case, dtype=torch.float32).forward_states(*data(case, torch.float32)))
     for one, other in zip(found, expected, strict=True):

@@ -79,7 +79,7 @@ struct ForwardParams {
   Stored<T> w_hr;                // [P, H] or null
   const T* bias = nullptr;       // [(G+S)*H] b_ih + b_hh; for separate gates b_ih, and b_hh behind the gates
   Stored<T> w_ih;                // [G*H, I]      kNatural or fused input only
-  const T* input = nullptr;      // [rows, I]     kNatural or fused input only
+  Stored<T> input;               // [rows, I]     kNatural or fused input only; 16 bits for products of bfloat16 only
   const T* product = nullptr;    // [N, G*H]      kProduct only: W_hh h_0
   const T* h0 = nullptr;         // [N, outputs] or null: zeros
   const T* c0 = nullptr;         // [N, H] or null: zeros

@@ -15,6 +15,7 @@ constexpr int64_t kOwnRows = 16;  // of a member, from which it uses the weights
 // From so many rows on, a step reuses w_ih enough to multiply x within the tiles. Where the weights come from beyond L2
 // at every step it takes more of them, by the part of them that is w_ih, and by what separate gates take from a tile.
 constexpr int64_t kFusedRows = 12, kFusedRowsBeyondL2 = 32;
+constexpr int64_t kBf16Rows = 4;  // fewer make no use of a matrix unit
 constexpr int64_t kNarrowInput = 8;  // fewer columns than a GEMM is good for
 constexpr int64_t kUnitsPerShare = 16;  // what a member must get of the units to be of use
 
@@ -66,7 +67,11 @@ CpuPlan plan_cpu(const CpuProblem& p, const CpuMachine& machine) {
     plan.recurrent = Recurrent::kProduct;
   }
   share_work(p, machine, plan);
-  if (!p.backward && plan.recurrent == Recurrent::kPacked) {
+  plan.bf16 = machine.bf16 && p.bf16 && plan.recurrent == Recurrent::kPacked && p.batch >= kBf16Rows &&
+              p.element_size == sizeof(float);
+  if (plan.bf16) {
+    plan.fused_input = !p.backward;
+  } else if (!p.backward && plan.recurrent == Recurrent::kPacked) {
     const int members = std::max(1, plan.threads / p.directions);
     const int64_t rows = p.batch / (plan.shard_units ? 1 : members);
     const bool fit = weight_bytes(p) / (plan.shard_units ? members : 1) <= machine.l2_bytes;

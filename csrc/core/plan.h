@@ -10,6 +10,7 @@ namespace fastrnn {
 struct CpuMachine {
   int threads = 1;         // that may be used
   int64_t l2_bytes = 0;    // of one core
+  bool bf16 = false;       // products of bfloat16 by instructions of its own
 };
 
 struct CpuProblem {
@@ -23,6 +24,7 @@ struct CpuProblem {
   bool ragged = false;     // lengths, or a packed batch
   bool backward = false;
   int weight_size = 4;     // bytes, of a weight as it is stored
+  bool bf16 = false;       // what is multiplied may be rounded to bfloat16
 };
 
 struct CpuPlan {
@@ -30,6 +32,7 @@ struct CpuPlan {
   bool fused_input = false;  // the scan multiplies the input too, in the same tiles: no buffer of projections
   int threads = 1;           // of the region, all directions together
   bool shard_units = false;  // members share the units, with a barrier a step; else they share the batch
+  bool bf16 = false;         // products of bfloat16 in place of the tiles; forward, of the input too
 };
 
 CpuPlan plan_cpu(const CpuProblem& problem, const CpuMachine& machine);

@@ -32,6 +32,14 @@ CpuCapability cpu_capability() {
   return capability;
 }
 
+bool has_bf16_dot() {
+#ifdef FASTRNN_X86
+  return cpu_capability() == CpuCapability::kAvx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 bool has_int8_dot() {
 #ifdef FASTRNN_X86
   return cpu_capability() == CpuCapability::kAvx512 && __builtin_cpu_supports("avx512vnni");

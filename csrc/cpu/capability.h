@@ -9,6 +9,9 @@ enum class CpuCapability { kDefault, kAvx2, kAvx512 };
 // std::invalid_argument for any other value of the variable.
 CpuCapability cpu_capability();
 
+// Are there instructions for dot products of bfloat16 (AVX512_BF16; AMX never comes without) beside the capability in use?
+bool has_bf16_dot();
+
 // Is there an instruction for dot products of 8-bit integers (AVX512-VNNI) beside the capability in use?
 bool has_int8_dot();
 

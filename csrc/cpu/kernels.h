@@ -6,6 +6,7 @@
 #include "core/cells/all.h"
 #include "core/params.h"
 #include "core/plan.h"
+#include "cpu/bf16.h"
 
 namespace fastrnn {
 
@@ -15,6 +16,7 @@ struct Scan {
   Rows rows;
   CpuPlan plan;
   int directions = 1;
+  const Bf16Products* bf16 = nullptr;  // if the machine has them
 };
 
 template <class T>

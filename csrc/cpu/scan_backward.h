@@ -2,6 +2,7 @@
 // of weights, biases and input are GEMMs over all steps, and not done here.
 #pragma once
 
+#include "cpu/pairs.h"
 #include "cpu/scan_common.h"
 
 namespace fastrnn {
@@ -18,6 +19,7 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
   static constexpr int64_t kWidth = kVectors * kLanes;
   static constexpr int kTileRows = max_rows(kVectors);
   static constexpr ElementState kState = Cell::kState;
+  static constexpr bool kHasPairs = std::is_same_v<T, float>;
 
   // Where one row of the batch finds and leaves things in one step.
   struct Row {
@@ -32,10 +34,13 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     T* carry;  // [H]
     T* grad_gates;  // [(G+S)*H]
     T* grad_projected;  // [P] projected only
+    at::BFloat16* operand;  // [G*H] products of bfloat16 only: for the next step's, null after the last
+    bool cut;  // of those: no state flows into this step, and nothing back
   };
 
   struct Scratch {
-    T* packed;  // [blocks of outputs][G*H][kVectors][lanes]
+    T* packed;  // [blocks of outputs][G*H][kVectors][lanes], or pairs of G*H
+    Operands operands;  // products of bfloat16 only: the recurrent gate gradients, of even width
     T* projection;  // [blocks of H][P][kVectors][lanes]
     T* partial;  // [members][N][kWidth] sums over some of the chunks
     T* zeros;  // [max((G+S)*H, outputs)]
@@ -58,12 +63,22 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     const LayerShape& shape = scan.shape;
     Scratch s;
     // a single step has no recurrent product: nothing to pack
-    s.packed = arena.take<T>(scan.rows.steps > 1 ? blocks(shape.outputs, kWidth) * kGates * shape.units * kWidth : 0);
+    s.packed = arena.take<T>(scan.rows.steps > 1 ? blocks(shape.outputs, kWidth) * depth(scan) * kWidth : 0);
+    if (scan.plan.bf16) {
+      s.operands = Operands(scan.rows.batch, even(kGates * shape.units), scan.plan.threads, scan.plan.shard_units);
+      s.operands.take(arena);
+    }
     s.projection = arena.take<T>(shape.projected ? blocks(shape.units, kWidth) * shape.outputs * kWidth : 0);
-    s.partial = arena.take<T>(scan.plan.threads * scan.rows.batch * kWidth);
+    s.partial = arena.take<T>(scan.plan.threads * std::max(scan.rows.batch, s.operands.rows()) * kWidth);
     s.zeros = arena.take<T>(zeros_width(shape));
     s.rows = arena.take<Row>(scan.plan.threads * scan.rows.batch);
     return s;
+  }
+
+  // Of a block of packed weights, in elements of T.
+  static int64_t depth(const Scan& scan) {
+    const int64_t gates = kGates * scan.shape.units;
+    return scan.plan.bf16 ? even(gates) / Pair::kTogether : gates;
   }
 
   int64_t unit_blocks() const { return blocks(shape_.units, kWidth); }
@@ -75,7 +90,7 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     Row* rows = s_.rows + place_.member * rows_.batch;
     for (int64_t s = 0; s < rows_.steps; ++s) {
       const int64_t t = p_.reverse ? s : rows_.steps - 1 - s;
-      const int64_t count = find_rows(t, rows);
+      const int64_t count = find_rows(t, s, rows);
       if (!Cell::kProjects || !shape_.projected) {
         if (count > 0) phase<false>(s, rows, count);
       } else if constexpr (Cell::kProjects) {
@@ -85,6 +100,7 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
       }
       place_.wait_for_units();
     }
+    if (scan_.plan.bf16) scan_.bf16->release();
     finish_rows();
   }
 
@@ -93,12 +109,20 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     if (rows_.steps > 1) {
       const Range range = share(output_blocks(), place_.member, place_.members);
       for (int64_t b = range.begin; b < range.end; ++b) {
+        T* block = s_.packed + b * depth(scan_) * kWidth;
         with_stored(p_.w_hh, [&](const auto* w) {
-          pack_columns<kVectors>(w, shape_.outputs, kGates * shape_.units, b,
-                                 s_.packed + b * kGates * shape_.units * kWidth);
+          if constexpr (kHasPairs) {
+            if (scan_.plan.bf16) {
+              pack_columns_in_pairs<kVectors>(w, shape_.outputs, kGates * shape_.units, b,
+                                              reinterpret_cast<at::BFloat16*>(block));
+              return;
+            }
+          }
+          pack_columns<kVectors>(w, shape_.outputs, kGates * shape_.units, b, block);
         });
       }
     }
+    if (scan_.plan.bf16) s_.operands.clear(place_);
     if (Cell::kProjects && shape_.projected) {
       const Range range = share(unit_blocks(), place_.member, place_.members);
       for (int64_t b = range.begin; b < range.end; ++b) {
@@ -109,11 +133,12 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     }
   }
 
-  int64_t find_rows(int64_t t, Row* rows) const {
+  int64_t find_rows(int64_t t, int64_t s, Row* rows) const {
     const Range range = place_.rows(rows_.batch);
     const int64_t end = std::min(range.end, rows_.active[t]);
     const int64_t outputs = shape_.outputs, units = shape_.units;
     const int64_t next = p_.reverse ? t - 1 : t + 1, before = p_.reverse ? t + 1 : t - 1;
+    at::BFloat16* operands = s_.operands.of_step(s + 1, place_.member);
     for (int64_t i = range.begin; i < end; ++i) {
       const int64_t n = rows_.order[i], row = rows_.row(t, n);
       const Sequence sequence = rows_.sequence(n);
@@ -140,6 +165,11 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
       r.grad_c_n = last && p_.grad_c_n != nullptr ? p_.grad_c_n + n * units : nullptr;
       r.grad_gates = p_.grad_gates + row * kGradients * units;
       r.grad_projected = shape_.projected ? p_.grad_projected + row * outputs : nullptr;
+      r.operand = nullptr;
+      if (scan_.plan.bf16 && s + 1 < rows_.steps && i < rows_.active[before]) {
+        r.operand = operands + (i - range.begin) * s_.operands.width();
+        r.cut = !flows;
+      }
     }
     return std::max<int64_t>(0, end - range.begin);
   }
@@ -149,11 +179,30 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
   void phase(int64_t s, const Row* rows, int64_t count) const {
     const int64_t depth = s > 0 ? kGates * shape_.units : 0;
     zigzag(place_.blocks(output_blocks()), s, [&](int64_t block, int64_t next) {
+      if (scan_.plan.bf16) {
+        if constexpr (kHasPairs) products<kProjected>(s, rows, count, block);
+        return;
+      }
       for_chunks<kWidth * sizeof(T)>(depth, [&](const Chunk& chunk) {
         for_row_tiles<kTileRows>(
             count, [&]<int kRows>(RowTile tile) { hidden_tile<kRows, kProjected>(rows, tile, block, next, chunk); });
       });
     });
+  }
+
+  // The same from products of bfloat16.
+  template <bool kProjected>
+  void products(int64_t s, const Row* rows, int64_t count, int64_t block) const {
+    T* sums = s_.partial + place_.member * s_.operands.rows() * kWidth;
+    const int64_t depth = s_.operands.width();
+    if (s == 0) {
+      std::fill_n(sums, count * kWidth, T(0));
+    } else {
+      const auto* w = reinterpret_cast<const at::BFloat16*>(s_.packed) + block * depth * kWidth;
+      multiply_rows(*scan_.bf16, count, kWidth, depth, s_.operands.of_step(s, place_.member), depth, w, kWidth, false,
+                    sums, kWidth);
+    }
+    hidden_sums<kProjected>(rows, count, sums, block);
   }
 
   template <int kRows, bool kProjected>
@@ -261,6 +310,12 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     Cell::backward(saved, previous, grad_h, carry, grad_gate);
 #pragma GCC unroll 32
     for (int g = 0; g < kGradients; ++g) store(row.grad_gates + g * units + j, grad_gate[g], count);
+    if constexpr (kHasPairs) {
+      constexpr int kAdding = kGates - kSeparate;  // the separate gates have their recurrent parts behind those of all
+      for (int g = 0; g < kGates && row.operand != nullptr; ++g) {
+        store_rounded(row.operand + g * units + j, row.cut ? V(0) : grad_gate[g < kAdding ? g : g + kSeparate], count);
+      }
+    }
     if (kState != ElementState::kNone) store(row.carry + j, carry, count);
   }
 

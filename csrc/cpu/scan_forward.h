@@ -2,6 +2,7 @@
 // on the sums while they are in registers. With a projection a second phase follows, h = W_hr (o tanh(c)).
 #pragma once
 
+#include "cpu/pairs.h"
 #include "cpu/scan_common.h"
 
 namespace fastrnn {
@@ -15,6 +16,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   static constexpr int kGates = Cell::kGates, kSeparate = Cell::kSeparate;
   static constexpr int kUnitVectors = kGates == 1 ? 4 : 1;  // a tile about four vectors wide, for any number of gates
   static constexpr int kVectors = kGates * kUnitVectors;
+  static constexpr int64_t kWidth = kVectors * kLanes;
   static constexpr int64_t kUnits = kUnitVectors * kLanes;  // of a block
   static constexpr int kAdding = kGates - kSeparate;  // gates whose two parts add in the accumulators
   static constexpr int kSeparateVectors = kSeparate * kUnitVectors;
@@ -26,6 +28,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   static constexpr int64_t kOutputs = kOutputVectors * kLanes;
   static constexpr int kOutputRows = max_rows(kOutputVectors);
   static constexpr ElementState kState = Cell::kState;
+  static constexpr bool kHasPairs = std::is_same_v<T, float>;
 
   // Where one row of the batch finds and leaves things in one step.
   struct Row {
@@ -40,10 +43,13 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     T* cell;  // [H] kCell only: c, in place
     T* cells;  // [H] or null
     T* h_n;  // [outputs] or null: not the row's last step
+    at::BFloat16* operand;  // [outputs] products of bfloat16 only: h for the next step's, null after the last
+    bool cut;  // of those: the next step begins anew, with zeros
   };
 
   struct Scratch {
-    T* packed;  // [blocks][depth()][kVectors][lanes] fused input: the rows of W_ih, then those of W_hh
+    T* packed;  // [blocks][depth()][kVectors][lanes] fused input: the rows of W_ih, then those of W_hh; or pairs of them
+    Operands operands;  // products of bfloat16 only: x and h, each of even width
     T* partial;  // [members][N][kPartial] sums over some of the chunks
     T* projection;  // [blocks of P][H][kOutputVectors][lanes]
     T* h;  // [2][N, outputs]: read one, write the other
@@ -67,8 +73,12 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     const int64_t batch = scan.rows.batch, wide = std::max(shape.units, shape.outputs);
     const bool packed = scan.plan.recurrent == Recurrent::kPacked;
     Scratch s;
-    s.packed = arena.take<T>(blocks(shape.units, kUnits) * depth(scan) * kVectors * kLanes);
-    s.partial = arena.take<T>(scan.plan.threads * batch * kPartial);
+    s.packed = arena.take<T>(blocks(shape.units, kUnits) * depth(scan) * kWidth);
+    if (scan.plan.bf16) {
+      s.operands = Operands(batch, even(shape.inputs) + even(shape.outputs), scan.plan.threads, scan.plan.shard_units);
+      s.operands.take(arena);
+    }
+    s.partial = arena.take<T>(scan.plan.threads * std::max(batch, s.operands.rows()) * kPartial);
     s.projection = arena.take<T>(shape.projected && packed ? blocks(shape.outputs, kOutputs) * shape.units * kOutputs
                                                            : 0);
     s.h = arena.take<T>(2 * batch * shape.outputs);
@@ -78,9 +88,10 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     return s;
   }
 
-  // Of a block of packed weights.
+  // Of a block of packed weights, in elements of T.
   static int64_t depth(const Scan& scan) {
     if (scan.plan.recurrent != Recurrent::kPacked) return 0;
+    if (scan.plan.bf16) return (even(scan.shape.inputs) + even(scan.shape.outputs)) / Pair::kTogether;
     return (scan.plan.fused_input ? scan.shape.inputs : 0) + scan.shape.outputs;
   }
 
@@ -94,6 +105,9 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     for (int64_t s = 0; s < rows_.steps; ++s) {
       const int64_t t = p_.reverse ? rows_.steps - 1 - s : s;
       const int64_t count = find_rows(t, s, rows);
+      if constexpr (kHasPairs) {
+        if (scan_.plan.bf16 && s + 1 < rows_.steps) gather_input(s + 1);
+      }
       if (count > 0) units_phase(s, rows, count);
       if constexpr (Cell::kProjects) {
         if (shape_.projected) {
@@ -103,6 +117,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       }
       place_.wait_for_units();
     }
+    if (scan_.plan.bf16) scan_.bf16->release();
   }
 
   // Packs this member's part of the weights, and gives rows without a single step their final state.
@@ -111,12 +126,18 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     if (scan_.plan.recurrent == Recurrent::kPacked) {
       const Range units = share(unit_blocks(), place_.member, place_.members);
       for (int64_t b = units.begin; b < units.end; ++b) {
-        T* block = s_.packed + b * depth(scan_) * kVectors * kLanes;
+        T* block = s_.packed + b * depth(scan_) * kWidth;
         const auto pack = [&](const Stored<T>& matrix, int64_t depth) {
           with_stored(matrix, [&](const auto* w) {
-            pack_transposed<kGates, kUnitVectors>(w, shape_.units, depth, b, block);
+            if constexpr (kHasPairs) {
+              if (scan_.plan.bf16) {
+                pack_transposed<kGates, kUnitVectors, Pair>(w, shape_.units, depth, b, block);
+                return;
+              }
+            }
+            pack_transposed<kGates, kUnitVectors, AsStored<T>>(w, shape_.units, depth, b, block);
           });
-          block += depth * kVectors * kLanes;
+          block += (scan_.plan.bf16 ? even(depth) / Pair::kTogether : depth) * kVectors * kLanes;
         };
         if (scan_.plan.fused_input) pack(p_.w_ih, shape_.inputs);
         pack(p_.w_hh, shape_.outputs);
@@ -125,10 +146,18 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
         const Range outputs = share(output_blocks(), place_.member, place_.members);
         for (int64_t b = outputs.begin; b < outputs.end; ++b) {
           with_stored(p_.w_hr, [&](const auto* w) {
-            pack_transposed<1, kOutputVectors>(w, shape_.outputs, shape_.units, b,
-                                               s_.projection + b * shape_.units * kOutputs);
+            pack_transposed<1, kOutputVectors, AsStored<T>>(w, shape_.outputs, shape_.units, b,
+                                                            s_.projection + b * shape_.units * kOutputs);
           });
         }
+      }
+    }
+    if constexpr (kHasPairs) {
+      if (scan_.plan.bf16) {
+        s_.operands.clear(place_);
+        place_.wait();
+        if (place_.member == 0 || !place_.shard_units) enter_states();
+        if (rows_.steps > 0) gather_input(0);
       }
     }
     const Range batch = share(rows_.batch, place_.member, place_.members);
@@ -137,6 +166,37 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       copy_or_zero(p_.h_n + n * shape_.outputs, p_.h0, n, shape_.outputs);
       if (kState == ElementState::kCell) copy_or_zero(p_.c_n + n * shape_.units, p_.c0, n, shape_.units);
     }
+  }
+
+  // The states that enter, as operands: each row has them until its first step writes others.
+  void enter_states() const {
+    if (p_.h0 == nullptr) return;
+    const Range range = place_.rows(rows_.batch);
+    for (int64_t i = range.begin; i < range.end; ++i) {
+      const int64_t n = rows_.order[i];
+      const Sequence sequence = rows_.sequence(n);
+      if (sequence.length == 0 || !sequence.enters(p_.reverse ? sequence.length - 1 : 0, p_.reverse)) continue;
+      for (int64_t s = 0; s < 2; ++s) copy_rounded(operand(s, i), p_.h0 + n * shape_.outputs, shape_.outputs);
+    }
+  }
+
+  // Where row i of the batch, in the order of the scan, has h for step s; x lies before it.
+  at::BFloat16* operand(int64_t s, int64_t i) const {
+    const int64_t row = i - place_.rows(rows_.batch).begin;
+    return s_.operands.of_step(s, place_.member) + row * s_.operands.width() + even(shape_.inputs);
+  }
+
+  // The input of step s as operands: this member's rows, or its part of those that it shares.
+  void gather_input(int64_t s) const {
+    const int64_t t = p_.reverse ? rows_.steps - 1 - s : s;
+    const Range range = share(rows_.batch, place_.member, place_.members);
+    const int64_t end = std::min(range.end, rows_.active[t]);
+    with_stored(p_.input, [&](const auto* x) {
+      for (int64_t i = range.begin; i < end; ++i) {
+        copy_rounded(operand(s, i) - even(shape_.inputs), x + rows_.row(t, rows_.order[i]) * shape_.inputs,
+                     shape_.inputs);
+      }
+    });
   }
 
   static void copy_or_zero(T* to, const T* from, int64_t n, int64_t width) {
@@ -150,6 +210,8 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     const int64_t outputs = shape_.outputs, units = shape_.units;
     const T* now = s_.h + (s % 2) * rows_.batch * outputs;
     T* next = s_.h + (1 - s % 2) * rows_.batch * outputs;
+    const int64_t after = p_.reverse ? t - 1 : t + 1;
+    const auto* input = static_cast<const T*>(scan_.plan.bf16 ? nullptr : p_.input.data);
     for (int64_t i = range.begin; i < end; ++i) {
       const int64_t n = rows_.order[i], row = rows_.row(t, n);
       const Sequence sequence = rows_.sequence(n);
@@ -157,12 +219,17 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       Row& r = rows[i - range.begin];
       r.h = flows ? now + n * outputs : enters && p_.h0 != nullptr ? p_.h0 + n * outputs : s_.zeros;
       r.gates = p_.gates == nullptr ? nullptr : p_.gates + row * p_.gates_stride;
-      r.input = p_.input == nullptr ? nullptr : p_.input + row * shape_.inputs;
+      r.input = input == nullptr ? nullptr : input + row * shape_.inputs;
       r.product = p_.product == nullptr || !enters ? nullptr : p_.product + n * kGates * units;
       r.activation = s_.activation + n * units;
       r.next = next + n * outputs;
       r.output = p_.output + row * p_.output_stride;
       r.h_n = sequence.last(t, p_.reverse) ? p_.h_n + n * outputs : nullptr;
+      r.operand = nullptr;
+      if (scan_.plan.bf16 && s + 1 < rows_.steps && i < rows_.active[after]) {
+        r.operand = operand(s + 1, i);
+        r.cut = !sequence.flows(after, p_.reverse);
+      }
       r.cells = p_.cells == nullptr ? nullptr : p_.cells + row * p_.cells_stride;
       if constexpr (kState == ElementState::kCell) {
         r.cell = p_.c_n + n * units;
@@ -177,9 +244,10 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
 
   void units_phase(int64_t s, const Row* rows, int64_t count) const {
     zigzag(place_.blocks(unit_blocks()), s, [&](int64_t block, int64_t next) {
-      if (scan_.plan.recurrent == Recurrent::kNatural) {
-        for_row_tiles<kDotInputs>(count,
-                                  [&]<int kRows>(RowTile i) { natural_tile<kRows>(rows + i.first, block); });
+      if (scan_.plan.bf16) {
+        if constexpr (kHasPairs) products(s, rows, count, block);
+      } else if (scan_.plan.recurrent == Recurrent::kNatural) {
+        for_row_tiles<kDotInputs>(count, [&]<int kRows>(RowTile i) { natural_tile<kRows>(rows + i.first, block); });
       } else if (scan_.plan.fused_input) {
         tiles<kFusedRows, true>(rows, count, block, next);
       } else {
@@ -188,9 +256,31 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     });
   }
 
+  // Gate pre-activations of one block of units from products of bfloat16, and the cell on them.
+  void products(int64_t s, const Row* rows, int64_t count, int64_t block) const {
+    const int64_t inputs = even(shape_.inputs), outputs = even(shape_.outputs), width = s_.operands.width();
+    const at::BFloat16* x = s_.operands.of_step(s, place_.member);
+    const auto* w = reinterpret_cast<const at::BFloat16*>(s_.packed + block * depth(scan_) * kWidth);
+    T* sums = s_.partial + place_.member * s_.operands.rows() * kPartial;
+    const auto multiply = [&](int64_t columns, int64_t k, const at::BFloat16* a, const at::BFloat16* b, bool add, T* c,
+                              int64_t stride) {
+      if (k > 0) multiply_rows(*scan_.bf16, count, columns, k, a, width, b, kWidth, add, c, stride);
+    };
+    constexpr int64_t kTogether = kAdding * kUnitVectors * kLanes, kApart = kSeparateVectors * kLanes;
+    multiply(kWidth, outputs, x + inputs, w + inputs * kWidth, false, sums, kWidth);
+    multiply(kTogether, inputs, x, w, true, sums, kWidth);
+    // the input's part of the separate gates, behind the rows: last, as a product may write beyond its last row
+    if (kApart > 0) {
+      T* input_parts = sums + count * kWidth;
+      if (inputs == 0) std::fill_n(input_parts, count * kApart, T(0));
+      multiply(kApart, inputs, x, w + kTogether * Pair::kTogether, false, input_parts, kApart);
+    }
+    cells<true>(rows, count, sums, block * kUnits);
+  }
+
   template <int kMaxRows, bool kFused>
   void tiles(const Row* rows, int64_t count, int64_t block, int64_t next) const {
-    for_chunks<kVectors * kLanes * sizeof(T)>(depth(scan_), [&](const Chunk& chunk) {
+    for_chunks<kWidth * sizeof(T)>(depth(scan_), [&](const Chunk& chunk) {
       for_row_tiles<kMaxRows>(
           count, [&]<int kRows>(RowTile tile) { this->template tile<kRows, kFused>(rows, tile, block, next, chunk); });
     });
@@ -317,6 +407,9 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   }
 
   FASTRNN_INLINE void leave(const Row& row, int64_t j, V h, int64_t count) const {
+    if constexpr (kHasPairs) {
+      if (row.operand != nullptr) store_rounded(row.operand + j, row.cut ? V(0) : h, count);
+    }
     store(row.next + j, h, count);
     store(row.output + j, h, count);
     if (row.h_n != nullptr) store(row.h_n + j, h, count);
@@ -332,7 +425,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       const int64_t j = block * kUnits + u * kLanes, count = std::min<int64_t>(kLanes, units - j);
       if (count <= 0) return;
       T inputs[kGates][kRows][kLanes] = {}, recurrent[kGates][kRows][kLanes] = {};
-      const auto multiply = [&](T (*sums)[kRows][kLanes], const Stored<T>& matrix, const T* const(&x)[kRows],
+      const auto multiply = [&](T(*sums)[kRows][kLanes], const Stored<T>& matrix, const T* const(&x)[kRows],
                                 int64_t depth) {
         with_stored(matrix, [&](const auto* w) {
           for (int g = 0; g < kGates; ++g) dots(sums[g], w + (g * units + j) * depth, x, depth, count);
@@ -360,8 +453,8 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     const bool natural = scan_.plan.recurrent == Recurrent::kNatural;
     zigzag(place_.blocks(output_blocks()), s, [&](int64_t block, int64_t next) {
       if (natural) {
-        for_row_tiles<kDotInputs>(
-            count, [&]<int kRows>(RowTile i) { natural_projection<kRows>(rows + i.first, block); });
+        for_row_tiles<kDotInputs>(count,
+                                  [&]<int kRows>(RowTile i) { natural_projection<kRows>(rows + i.first, block); });
       } else {
         for_row_tiles<kOutputRows>(count, [&]<int kRows>(RowTile i) { project<kRows>(rows, i, block, next); });
       }
@@ -397,8 +490,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       const int64_t j = block * kOutputs + v * kLanes, count = std::min<int64_t>(kLanes, shape_.outputs - j);
       if (count <= 0) return;
       T sums[kRows][kLanes] = {};
-      with_stored(p_.w_hr,
-                  [&](const auto* w) { dots(sums, w + j * shape_.units, activation, shape_.units, count); });
+      with_stored(p_.w_hr, [&](const auto* w) { dots(sums, w + j * shape_.units, activation, shape_.units, count); });
       for (int r = 0; r < kRows; ++r) leave(rows[r], j, load(sums[r], kLanes), count);
     }
   }

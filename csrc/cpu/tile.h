@@ -267,32 +267,45 @@ FASTRNN_INLINE void for_row_tiles(int64_t count, const F& f) {
 
 constexpr int64_t blocks(int64_t columns, int64_t width) { return (columns + width - 1) / width; }
 
-// The weights of one block of units, transposed: out [k][gates][kUnitVectors][lanes] from w [gates * units, depth], in T or
-// 16 bits. Units beyond the last become zero columns.
-template <int kGates, int kUnitVectors, class T, class W>
-void pack_transposed(const W* w, int64_t units, int64_t depth, int64_t block, T* out) {
+// Reads part of a row of weights as T.
+template <class T>
+struct AsStored {
+  static constexpr int kTogether = 1;
+  template <class W>
+  static FASTRNN_INLINE void copy(const W* from, int64_t count, T* to) {
+    constexpr int kLanes = Vec<T>::size();
+    for (int64_t k = 0; k < count; k += kLanes) load(from + k, count - k).store(to + k);
+  }
+};
+
+// The weights of one block of units, transposed: out [k][gates][kUnitVectors][lanes] from w [gates * units, depth]. Units
+// beyond the last become zero columns. `Element` says what an element of T stands for: kTogether k of a row.
+template <int kGates, int kUnitVectors, class Element, class T, class W>
+void pack_transposed(const W* w, int64_t units, int64_t columns, int64_t block, T* out) {
   constexpr int kLanes = Vec<T>::size();
   constexpr int kWidth = kGates * kUnitVectors * kLanes;
+  constexpr int kTogether = Element::kTogether;
+  constexpr bool kAsItIs = std::is_same_v<W, T> && kTogether == 1;
   constexpr int64_t kStrip = 64;  // of k: a strip of the output stays in L1 while its lanes are filled one by one
+  const int64_t depth = (columns + kTogether - 1) / kTogether;
   for (int64_t k0 = 0; k0 < depth; k0 += kStrip) {
     const int64_t k1 = k0 + kStrip < depth ? k0 + kStrip : depth;
     for (int v = 0; v < kGates * kUnitVectors; ++v) {
       const int64_t unit = (block * kUnitVectors + v % kUnitVectors) * kLanes;
       const int64_t rows = units - unit < kLanes ? units - unit : kLanes;
-      const W* stored = w + (v / kUnitVectors * units + unit) * depth;
-      const T* from;  // [rows, stride], its first column is column k0 of w
+      const W* stored = w + (v / kUnitVectors * units + unit) * columns + k0 * kTogether;
+      const T* from;  // [rows, stride], from k0 on
       int64_t stride;
-      T wide[std::is_same_v<W, T> ? 1 : kLanes * kStrip];
-      if constexpr (std::is_same_v<W, T>) {
-        from = stored + k0;
-        stride = depth;
+      T elements[kAsItIs ? 1 : kLanes * kStrip];
+      if constexpr (kAsItIs) {
+        from = stored;
+        stride = columns;
       } else {
-        from = wide;
+        from = elements;
         stride = kStrip;
+        const int64_t count = std::min(k1 * kTogether, columns) - k0 * kTogether;
         for (int64_t lane = 0; lane < rows; ++lane) {
-          for (int64_t k = k0; k < k1; k += kLanes) {
-            load(stored + lane * depth + k, k1 - k).store(wide + lane * kStrip + k - k0);
-          }
+          Element::copy(stored + lane * columns, count, elements + lane * kStrip);
         }
       }
       T* to = out + v * kLanes;

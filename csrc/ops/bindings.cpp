@@ -2,9 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
+#include <map>
+#include <stdexcept>
+
 #include "core/plan_cuda.h"
 #include "core/tuned_cuda.h"
 #include "cpu/kernels.h"
+#include "ops/cpu_plan.h"
 #include "ops/ops.h"
 #include "ops/stepwise.h"
 #include "ops/streaming.h"
@@ -35,26 +39,31 @@ py::dict build_info() {
 }
 
 py::dict plan(const std::string& cell, int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size,
-              int64_t proj_size, int directions, int element_size, bool training, int threads, bool ragged) {
+              int64_t proj_size, int directions, const std::string& dtype, bool training, int threads, bool ragged) {
   const bool projected = proj_size > 0;
-  const CpuProblem problem{
-      .gates = traits(kind_of(cell)).gates,
-      .separate = traits(kind_of(cell)).separate,
+  CpuProblem problem{
       .steps = steps,
       .batch = batch,
       .shape = {input_size, hidden_size, projected ? proj_size : hidden_size, projected},
       .directions = directions,
-      .element_size = element_size,
       .ragged = ragged,
       .backward = false,
   };
-  const CpuMachine machine{threads, l2_cache_bytes()};
+  const std::map<std::string, Storage> storages{{"float32", Storage::kFloat},
+                                                {"float64", Storage::kDouble},
+                                                {"float16", Storage::kHalf},
+                                                {"bfloat16", Storage::kBFloat16}};
+  const auto storage = storages.find(dtype);
+  if (storage == storages.end()) throw std::invalid_argument("no such dtype: " + dtype);
+  describe(kind_of(cell), storage->second, problem);
+  const CpuMachine machine = cpu_machine(threads);
   const CpuPlan forward = plan_cpu(problem, machine);
   py::dict result;
   result["recurrent"] = forward.recurrent == Recurrent::kPacked    ? "packed"
                         : forward.recurrent == Recurrent::kNatural ? "natural"
                                                                    : "product";
   result["fused_input"] = forward.fused_input;
+  result["bf16"] = forward.bf16;
   result["threads"] = forward.threads;
   result["shard"] = forward.threads <= directions ? "none" : forward.shard_units ? "units" : "batch";
   if (training) {
@@ -62,6 +71,7 @@ py::dict plan(const std::string& cell, int64_t steps, int64_t batch, int64_t inp
     backward.backward = true;
     const CpuPlan p = plan_cpu(backward, machine);
     result["backward_threads"] = p.threads;
+    result["backward_bf16"] = p.bf16;
     result["backward_shard"] = p.threads <= directions ? "none" : p.shard_units ? "units" : "batch";
   }
   return result;
@@ -137,21 +147,21 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The native core of fastrnn.";
   m.def("build_info", &build_info);
   m.def("cpu_capability", [] { return cpu_kernels().name; });
+  m.def("cpu_bf16", [] { return bf16_products() == nullptr ? "none" : bf16_products()->name; });
   m.def("plan", &plan, py::arg("cell"), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
-        py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("directions") = 1, py::arg("element_size") = 4,
+        py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("directions") = 1, py::arg("dtype") = 4,
         py::arg("training") = false, py::arg("threads") = 1, py::arg("ragged") = false);
   bind_streaming(m);
   m.def("cuda_plans", &cuda_plans,
         "The plans of a layer's scan on a named device, the fastest persistent one first (the K of "
         "FASTRNN_CUDA_PLAN=persistent:K), the step-by-step loop last; with predicted microseconds a step.",
         py::arg("cell"), py::arg("steps"), py::arg("batch"), py::arg("hidden_size"), py::arg("directions") = 1,
-        py::arg("element_size") = 2, py::arg("training") = false, py::arg("backward") = false,
-        py::arg("device") = "h200");
+        py::arg("dtype") = 2, py::arg("training") = false, py::arg("backward") = false, py::arg("device") = "h200");
   m.def("cuda_plan", &cuda_plan,
         "The one of cuda_plans that FASTRNN_CUDA_PLAN=wish chooses, the table of tuned plans consulted.",
         py::arg("cell"), py::arg("steps"), py::arg("batch"), py::arg("hidden_size"), py::arg("directions") = 1,
-        py::arg("element_size") = 2, py::arg("training") = false, py::arg("backward") = false,
-        py::arg("device") = "h200", py::arg("wish") = "auto");
+        py::arg("dtype") = 2, py::arg("training") = false, py::arg("backward") = false, py::arg("device") = "h200",
+        py::arg("wish") = "auto");
   m.def(
       "cuda_device",
       [](const std::string& name) {

@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "cpu/kernels.h"
+#include "ops/cpu_plan.h"
 #include "ops/layer_op.h"
 #include "ops/rows.h"
 
@@ -21,27 +22,22 @@ namespace {
 std::atomic<bool> forked{false};
 [[maybe_unused]] const int kForkHandler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
-CpuMachine machine() {
-  const bool serial = at::in_parallel_region() || forked;
-  return {serial ? 1 : at::get_num_threads(), l2_cache_bytes()};
-}
+int threads() { return at::in_parallel_region() || forked ? 1 : at::get_num_threads(); }
 
-Scan make_scan(CellKind kind, const Layout& l, const Sizes& z, const RowTable& table, int element_size,
-               int weight_size, bool backward) {
+Scan make_scan(CellKind kind, const Layout& l, const Sizes& z, const RowTable& table, Storage storage, bool backward) {
   Scan scan{kind, {z.inputs, z.units, z.outputs, l.projected}, table.rows(), {}, l.directions};
-  const CpuProblem problem{
-      .gates = traits(kind).gates,
-      .separate = traits(kind).separate,
+  CpuProblem problem{
       .steps = z.steps,
       .batch = z.batch,
       .shape = scan.shape,
       .directions = l.directions,
-      .element_size = element_size,
       .ragged = table.ragged(),
       .backward = backward,
-      .weight_size = weight_size,
   };
-  scan.plan = plan_cpu(problem, machine());
+  describe(kind, storage, problem);
+  const CpuMachine machine = cpu_machine(threads());
+  if (machine.bf16) scan.bf16 = bf16_products();
+  scan.plan = plan_cpu(problem, machine);
   return scan;
 }
 
@@ -79,21 +75,29 @@ Tensors contiguous(TensorList tensors) {
   return result;
 }
 
+// out = x w^T, of factors in `type`
+void multiply(Tensor& out, const Tensor& x, const Tensor& w, at::ScalarType type) {
+  if (type == out.scalar_type()) {
+    at::mm_out(out, x, w.to(type).t());
+  } else {
+    out.copy_(at::mm(x.to(type), w.t()));
+  }
+}
+
 // Computes in T. The weights stay as they are stored: the scan converts them as it packs or multiplies them.
 template <class T>
-Tensors forward(CellKind kind, const Layout& l, const Tensor& stored_input, TensorList stored_hx,
-                const Tensors& weights, const RowTable& table, bool need_steps, bool need_reserve) {
+Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList stored_hx, const Tensors& weights,
+                const RowTable& table, bool need_steps, bool need_reserve) {
   const CellTraits& cell = traits(kind);
   const Sizes z(l);
-  const Tensor input = as<T>(stored_input);
   Tensors hx;
   for (const Tensor& state : stored_hx) hx.push_back(as<T>(state));
-  const auto options = input.options();
-  Scan scan = make_scan(kind, l, z, table, sizeof(T), weights[0].element_size(), false);
+  const auto options = input.options().dtype(scalar_type<T>);
+  const Scan scan = make_scan(kind, l, z, table, storage_of(input), false);
   const bool projects = scan.plan.recurrent == Recurrent::kNatural || scan.plan.fused_input;
   const int64_t directions = l.directions, total = table.total();
   const bool clear = table.ragged() && !l.packed;
-  LayerResult result(kind, z, input, need_steps, clear);
+  LayerResult result(kind, z, input.sizes(), options, need_steps, clear);
 
   // The input projection's buffer is the reserve: its first G columns, in units of H, turn into the activated gates.
   // Where the scan multiplies the input itself, and nothing is saved, there is no buffer.
@@ -102,7 +106,8 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& stored_input, Tens
                      ? at::empty({0}, options)
                      : with_huge_pages(result.allocate_gates(z, columns, options, need_reserve && clear));
 
-  const Tensor x = input.reshape({total, z.inputs});
+  const Tensor x = (scan.plan.bf16 ? input.contiguous() : as<T>(input)).reshape({total, z.inputs});
+  const auto product = input.scalar_type() == at::kBFloat16 && scan.bf16 != nullptr ? at::kBFloat16 : scalar_type<T>;
   const int64_t bias_width = (cell.gates + cell.separate) * z.units;
   const Tensor bias = at::empty({directions, bias_width}, options);
   ForwardParams<T> params[2];
@@ -132,12 +137,13 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& stored_input, Tens
     }
     if (projects) {
       p.w_ih = stored<T>(weights[l.w_ih(d)]);
-      p.input = data<T>(x);
+      p.input = stored<T>(x);
     } else if (total > 0) {
       Tensor projection = gates.select(0, d).view({total, columns}).narrow(1, 0, cell.gates * z.units);
-      at::mm_out(projection, x, as<T>(weights[l.w_ih(d)]).t());
+      multiply(projection, x, weights[l.w_ih(d)], product);
       if (scan.plan.recurrent == Recurrent::kProduct && p.h0 != nullptr) {
-        products[d] = at::mm(hx[0].select(0, d), as<T>(weights[l.w_hh(d)]).t());
+        products[d] = at::empty({z.batch, cell.gates * z.units}, options);
+        multiply(products[d], hx[0].select(0, d), weights[l.w_hh(d)], product);
         p.product = data<T>(products[d]);
       }
     }
@@ -171,7 +177,7 @@ Tensor copy_previous(const Rows& rows, int64_t total, const Tensor& output, int 
       }
     }
   };
-  if (machine().threads == 1) {
+  if (threads() == 1) {
     copy_steps(0, rows.steps);
   } else {
     at::parallel_for(0, rows.steps, grain, copy_steps);
@@ -179,13 +185,8 @@ Tensor copy_previous(const Rows& rows, int64_t total, const Tensor& output, int 
   return previous;
 }
 
-// The dtype of the products after a backward scan that computes in `type`, of matrices stored as `stored`.
-at::ScalarType product_type(at::ScalarType stored, at::ScalarType type, int64_t rows) {
-  constexpr int64_t kFewRows = 8;  // for which to convert the weights takes longer than to multiply them
-  return stored == at::kBFloat16 && rows <= kFewRows ? stored : type;
-}
-
-// Computes in T; the products after the scan in product_type.
+// Computes in T. The products after the scan are of bfloat16 where the machine has instructions for them, and where to
+// convert the weights would take longer than to multiply them.
 template <class T>
 Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_outputs, const Tensor& input,
                  const Tensors& hx, const Tensors& weights, const RowTable& table, const Tensor& output,
@@ -195,12 +196,14 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   const auto options = input.options().dtype(scalar_type<T>);
   const Rows& rows = table.rows();
   const int64_t total = table.total(), directions = l.directions;
-  const Scan scan = make_scan(kind, l, z, table, sizeof(T), weights[0].element_size(), true);
-  const auto product = product_type(input.scalar_type(), scalar_type<T>, total);
+  const Scan scan = make_scan(kind, l, z, table, storage_of(input), true);
+  constexpr int64_t kFewRows = 8;
+  const bool in_bf16 = input.scalar_type() == at::kBFloat16 && (scan.bf16 != nullptr || total <= kFewRows);
+  const auto product = in_bf16 ? at::kBFloat16 : scalar_type<T>;
 
   Tensors factors(weights.size());
-  BackwardArguments a{kind,        l,    z, {}, input.reshape({total, z.inputs}).to(product), hx, factors,
-                      batch_first, mask, groups};
+  BackwardArguments a{kind, l,       z,           {},   input.reshape({total, z.inputs}).to(product),
+                      hx,   factors, batch_first, mask, groups};
   for (int d = 0; d < l.directions; ++d) {
     if (a.wants_input()) factors[l.w_ih(d)] = weights[l.w_ih(d)].to(product);
     if (a.wants_state(0)) factors[l.w_hh(d)] = weights[l.w_hh(d)].to(product);
@@ -310,7 +313,8 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   }
   Tensors result = layer_gradients(a, scanned, empty_rows);
   if (a.wants_input()) {
-    if (valid && groups == 0) result[0] = at::zeros({total, z.inputs}, result[0].options()).index_copy_(0, *valid, result[0]);
+    if (valid && groups == 0)
+      result[0] = at::zeros({total, z.inputs}, result[0].options()).index_copy_(0, *valid, result[0]);
     result[0] = result[0].view(input.sizes());
   }
   return result;

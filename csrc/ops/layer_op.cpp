@@ -100,9 +100,9 @@ Storage storage_of(const Tensor& t) {
   }
 }
 
-LayerResult::LayerResult(CellKind kind, const Sizes& z, const Tensor& input, bool need_steps, bool clear)
-    : rows(input.sizes().begin(), input.sizes().end() - 1) {
-  const auto options = input.options();
+LayerResult::LayerResult(CellKind kind, const Sizes& z, at::IntArrayRef input, const at::TensorOptions& options,
+                         bool need_steps, bool clear)
+    : rows(input.begin(), input.end() - 1) {
   output = allocate(rows, z.directions * z.outputs, options, clear);
   h_n = at::empty({z.directions, z.batch, z.outputs}, options);
   if (traits(kind).states == 1) return;

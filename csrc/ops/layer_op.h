@@ -42,8 +42,9 @@ struct LayerResult {
   Tensor c_n;                 // [D, N, H], if the cell has it
   Tensor cells;               // [rows, D*H], if asked for
 
-  // `clear`: rows that no scan visits have to be zero.
-  LayerResult(CellKind kind, const Sizes& z, const Tensor& input, bool need_steps, bool clear);
+  // `input`: its sizes. `clear`: rows that no scan visits have to be zero.
+  LayerResult(CellKind kind, const Sizes& z, at::IntArrayRef input, const at::TensorOptions& options, bool need_steps,
+              bool clear);
   // The projections of the input, which turn into the reserve: [D, rows, columns].
   Tensor allocate_gates(const Sizes& z, int64_t columns, at::TensorOptions options, bool clear) const;
   Tensors with_reserve(const Tensor& reserve) const;

@@ -1,0 +1,100 @@
+// What the scans multiply where the machine has products of bfloat16 (bf16.h): weights in blocks of pairs, and the rows of
+// a step one after another as operands. Sums stay float32. Compiled once per ISA.
+#pragma once
+
+#include "cpu/bf16.h"
+#include "cpu/scan_common.h"
+
+namespace fastrnn {
+inline namespace CPU_CAPABILITY {
+
+constexpr int64_t even(int64_t k) { return (k + 1) / 2 * 2; }
+
+// p [count] = v, rounded to nearest
+FASTRNN_INLINE void store_rounded(at::BFloat16* p, Vec<float> v, int64_t count) {
+  at::vec::convert_from_float<at::BFloat16>(v, v).store(p, std::min<int64_t>(count, Vec<float>::size()));
+}
+
+template <class W>
+void copy_rounded(at::BFloat16* to, const W* from, int64_t count) {
+  if constexpr (std::is_same_v<W, at::BFloat16>) {
+    std::copy_n(from, count, to);
+  } else {
+    constexpr int kLanes = Vec<float>::size();
+    for (int64_t k = 0; k < count; k += kLanes) store_rounded(to + k, load(from + k, count - k), count - k);
+  }
+}
+
+// Two k of a row in the 32 bits of a float, for pack_transposed.
+struct Pair {
+  static constexpr int kTogether = 2;
+  template <class W>
+  static FASTRNN_INLINE void copy(const W* from, int64_t count, float* to) {
+    auto* pairs = reinterpret_cast<at::BFloat16*>(to);
+    copy_rounded(pairs, from, count);
+    if (count % 2 != 0) pairs[count] = at::BFloat16(0);
+  }
+};
+
+// One block of columns as it lies, in pairs of k: out [depth / 2][kVectors][lanes][2] from w [depth, columns], zeros beyond
+// the last column and an odd depth.
+template <int kVectors, class W>
+void pack_columns_in_pairs(const W* w, int64_t columns, int64_t depth, int64_t block, at::BFloat16* out) {
+  constexpr int kLanes = Vec<float>::size();
+  for (int64_t k = 0; k < depth; k += 2) {
+    for (int v = 0; v < kVectors; ++v, out += 2 * kLanes) {
+      const int64_t j = (block * kVectors + v) * kLanes, count = columns - j;
+      const W* from = w + k * columns + j;
+      const Vec<float> first = count > 0 ? load(from, count) : Vec<float>(0);
+      const Vec<float> second = count > 0 && k + 1 < depth ? load(from + columns, count) : Vec<float>(0);
+      const auto [low, high] = at::vec::interleave2(first, second);
+      at::vec::convert_from_float<at::BFloat16>(low, high).store(out);
+    }
+  }
+}
+
+// The operands of two steps, in turn: what this step multiplies, and what it leaves to the next. Members that share the
+// units share the rows too; else each has its own.
+class Operands {
+ public:
+  static constexpr int64_t kRows = 32;  // of a product
+
+  Operands() = default;
+  Operands(int64_t batch, int64_t width, int members, bool shared)
+      : rows_((batch + kRows - 1) / kRows * kRows), width_(width), members_(shared ? 1 : members) {}
+
+  void take(Arena& arena) { memory_ = arena.take<at::BFloat16>(members_ * 2 * rows_ * width_); }
+  int64_t rows() const { return rows_; }
+  int64_t width() const { return width_; }
+
+  // [rows, width], those of one member
+  FASTRNN_INLINE at::BFloat16* of_step(int64_t s, int member) const {
+    return memory_ + (std::min(member, members_ - 1) * 2 + s % 2) * rows_ * width_;
+  }
+  // Zeros for both steps: columns beyond an odd width meet weights of zero, but must not be NaN.
+  void clear(const Place& place) const {
+    const int own = std::min(place.member, members_ - 1);
+    const Range range = members_ == 1 ? share(2 * rows_, place.member, place.members) : Range{0, 2 * rows_};
+    at::BFloat16* all = of_step(0, own);
+    std::fill(all + range.begin * width_, all + range.end * width_, at::BFloat16(0));
+  }
+
+ private:
+  at::BFloat16* memory_ = nullptr;  // [members or 1][2][rows][width]
+  int64_t rows_ = 0, width_ = 0;
+  int members_ = 1;
+};
+
+// c [count, n] = a b, or += : rows in whole multiples, so that a batch whose rows end one by one needs no code of its own
+// for each number of them. What lies behind the last row, of a and of c, takes part and means nothing.
+inline void multiply_rows(const Bf16Products& products, int64_t count, int64_t n, int64_t k, const at::BFloat16* a,
+                          int64_t lda, const at::BFloat16* b, int64_t ldb, bool add, float* c, int64_t ldc) {
+  for (int64_t i = 0; i < count; i += Operands::kRows) {
+    int64_t m = Operands::kRows;
+    while (m / 2 >= count - i) m /= 2;
+    products.multiply(m, n, k, lda, ldb, ldc, add, a + i * lda, b, c + i * ldc);
+  }
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fastrnn
