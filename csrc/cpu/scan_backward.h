@@ -81,6 +81,11 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     return scan.plan.bf16 ? even(gates) / Pair::kTogether : gates;
   }
 
+  // Where row i of step t's order has its results.
+  int64_t grad_row(int64_t t, int64_t i) const {
+    return p_.grad_offset == nullptr ? rows_.row(t, rows_.order[i]) : p_.grad_offset[t] + i;
+  }
+
   int64_t unit_blocks() const { return blocks(shape_.units, kWidth); }
   int64_t output_blocks() const { return blocks(shape_.outputs, kWidth); }
 
@@ -145,7 +150,7 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
       const bool last = sequence.last(t, p_.reverse);
       const bool flows_on = !last && sequence.flows(next, p_.reverse);
       Row& r = rows[i - range.begin];
-      r.next_gates = flows_on ? p_.grad_gates + rows_.row(next, n) * kGradients * units : s_.zeros;
+      r.next_gates = flows_on ? p_.grad_gates + grad_row(next, i) * kGradients * units : s_.zeros;
       r.carry = p_.carry + n * units;
       r.carry_in = flows_on ? r.carry : nullptr;
       r.saved = p_.reserve + row * p_.reserve_stride;
@@ -163,8 +168,8 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
       r.grad_cells = p_.grad_cells == nullptr ? nullptr : p_.grad_cells + row * p_.grad_cells_stride;
       r.grad_h_n = last && p_.grad_h_n != nullptr ? p_.grad_h_n + n * outputs : nullptr;
       r.grad_c_n = last && p_.grad_c_n != nullptr ? p_.grad_c_n + n * units : nullptr;
-      r.grad_gates = p_.grad_gates + row * kGradients * units;
-      r.grad_projected = shape_.projected ? p_.grad_projected + row * outputs : nullptr;
+      r.grad_gates = p_.grad_gates + grad_row(t, i) * kGradients * units;
+      r.grad_projected = shape_.projected ? p_.grad_projected + grad_row(t, i) * outputs : nullptr;
       r.operand = nullptr;
       if (scan_.plan.bf16 && s + 1 < rows_.steps && i < rows_.active[before]) {
         r.operand = operands + (i - range.begin) * s_.operands.width();
@@ -325,14 +330,15 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     place_.wait();
     const int64_t units = shape_.units;
     const Range batch = share(rows_.batch, place_.member, place_.members);
-    for (int64_t n = batch.begin; n < batch.end; ++n) {
+    for (int64_t i = batch.begin; i < batch.end; ++i) {
+      const int64_t n = rows_.order[i];
       const Sequence sequence = rows_.sequence(n);
       const int64_t length = sequence.length, t = p_.reverse ? length - 1 : 0;
       T* first = p_.grad_first + n * kGates * units;
       T* carry = p_.carry + n * units;
       if (length > 0 && sequence.enters(t, p_.reverse)) {
         constexpr int kAdding = kGates - kSeparate;
-        const T* gates = p_.grad_gates + rows_.row(t, n) * kGradients * units;
+        const T* gates = p_.grad_gates + grad_row(t, i) * kGradients * units;
         std::copy_n(gates, kAdding * units, first);
         std::copy_n(gates + kGates * units, kSeparate * units, first + kAdding * units);
       } else {

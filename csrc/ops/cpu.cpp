@@ -2,7 +2,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <pthread.h>
 #include <sys/mman.h>
 #include <torch/library.h>
@@ -75,6 +74,35 @@ Tensors contiguous(TensorList tensors) {
   return result;
 }
 
+// f(first, last) over the steps, on all threads where a step's `bytes` make it worth it.
+template <class F>
+void for_steps(int64_t steps, int64_t bytes, const F& f) {
+  constexpr int64_t kBytesWorthAThread = 128 << 10;
+  if (threads() == 1) {
+    f(0, steps);
+  } else {
+    at::parallel_for(0, steps, std::max<int64_t>(1, kBytesWorthAThread / std::max<int64_t>(1, bytes)), f);
+  }
+}
+
+// Zeros in rows that no scan visits. data: [rows, columns], also with a dimension of directions before.
+void clear_padding(const RowTable& table, const Tensor& data) {
+  if (!table.padded() || !data.defined()) return;
+  const Rows& rows = table.rows();
+  const int64_t row_bytes = data.size(-1) * data.element_size();
+  const int64_t all = table.total() * row_bytes;
+  auto* const begin = static_cast<char*>(data.mutable_data_ptr());
+  for (char* to = begin; to < begin + data.nbytes(); to += all) {
+    for_steps(rows.steps, all / std::max<int64_t>(1, rows.steps), [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t) {
+        for (int64_t i = rows.active[t]; i < rows.batch; ++i) {
+          std::memset(to + rows.row(t, rows.order[i]) * row_bytes, 0, row_bytes);
+        }
+      }
+    });
+  }
+}
+
 // out = x w^T, of factors in `type`
 void multiply(Tensor& out, const Tensor& x, const Tensor& w, at::ScalarType type) {
   if (type == out.scalar_type()) {
@@ -96,15 +124,13 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList 
   const Scan scan = make_scan(kind, l, z, table, storage_of(input), false);
   const bool projects = scan.plan.recurrent == Recurrent::kNatural || scan.plan.fused_input;
   const int64_t directions = l.directions, total = table.total();
-  const bool clear = table.ragged() && !l.packed;
-  LayerResult result(kind, z, input.sizes(), options, need_steps, clear);
+  LayerResult result(kind, z, input.sizes(), options, need_steps);
 
   // The input projection's buffer is the reserve: its first G columns, in units of H, turn into the activated gates.
   // Where the scan multiplies the input itself, and nothing is saved, there is no buffer.
   const int64_t columns = z.units * (need_reserve ? l.reserve_columns_in_units(kind) : cell.gates);
-  Tensor gates = projects && !need_reserve
-                     ? at::empty({0}, options)
-                     : with_huge_pages(result.allocate_gates(z, columns, options, need_reserve && clear));
+  Tensor gates = projects && !need_reserve ? at::empty({0}, options)
+                                           : with_huge_pages(result.allocate_gates(z, columns, options));
 
   const Tensor x = (scan.plan.bf16 ? input.contiguous() : as<T>(input)).reshape({total, z.inputs});
   const auto product = input.scalar_type() == at::kBFloat16 && scan.bf16 != nullptr ? at::kBFloat16 : scalar_type<T>;
@@ -152,20 +178,23 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList 
   const auto& kernels = cpu_kernels().get<T>(kind);
   const Tensor scratch = at::empty({kernels.forward_scratch(scan)}, options.dtype(at::kByte));
   kernels.forward(scan, params, scratch.mutable_data_ptr());
+  clear_padding(table, result.output);
+  clear_padding(table, result.cells);
+  if (need_reserve) clear_padding(table, gates);
   return result.with_reserve(need_reserve ? gates : at::empty({0}, options));
 }
 
-// The same as a copy, for rows that end or start anew: [rows, outputs], zeros where no state entered.
-Tensor copy_previous(const Rows& rows, int64_t total, const Tensor& output, int d, const Tensor& h0, int64_t width) {
-  Tensor previous = at::zeros({total, width}, output.options());
+// The h that entered each step, as a copy: [count, outputs], zeros where none did. Row i of a step's order goes to row
+// offset[t] + i, or without offsets to where its output is.
+Tensor copy_previous(const Rows& rows, const int64_t* offset, int64_t count, const Tensor& output, int d,
+                     const Tensor& h0, int64_t width) {
+  Tensor previous = at::zeros({count, width}, output.options());
   const bool reverse = d == 1;
   const int64_t row_bytes = width * output.element_size(), stride = output.size(-1) * output.element_size();
   auto* to = static_cast<char*>(previous.mutable_data_ptr());
   const auto* from = static_cast<const char*>(output.const_data_ptr()) + d * row_bytes;
   const auto* initial = h0.defined() ? static_cast<const char*>(h0.const_data_ptr()) : nullptr;
-  constexpr int64_t kElementsWorthAThread = 32768;
-  const int64_t grain = std::max<int64_t>(1, kElementsWorthAThread / std::max<int64_t>(1, rows.batch * width));
-  const auto copy_steps = [&](int64_t begin, int64_t end) {
+  for_steps(rows.steps, rows.batch * row_bytes, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       for (int64_t i = 0; i < rows.active[t]; ++i) {
         const int64_t n = rows.order[i];
@@ -173,20 +202,14 @@ Tensor copy_previous(const Rows& rows, int64_t total, const Tensor& output, int 
         const char* source = sequence.flows(t, reverse) ? from + rows.row(reverse ? t + 1 : t - 1, n) * stride
                              : sequence.enters(t, reverse) && initial != nullptr ? initial + n * row_bytes
                                                                                  : nullptr;
-        if (source != nullptr) std::memcpy(to + rows.row(t, n) * row_bytes, source, row_bytes);
+        const int64_t row = offset == nullptr ? rows.row(t, n) : offset[t] + i;
+        if (source != nullptr) std::memcpy(to + row * row_bytes, source, row_bytes);
       }
     }
-  };
-  if (threads() == 1) {
-    copy_steps(0, rows.steps);
-  } else {
-    at::parallel_for(0, rows.steps, grain, copy_steps);
-  }
+  });
   return previous;
 }
 
-// Computes in T. The products after the scan are of bfloat16 where the machine has instructions for them, and where to
-// convert the weights would take longer than to multiply them.
 template <class T>
 Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_outputs, const Tensor& input,
                  const Tensors& hx, const Tensors& weights, const RowTable& table, const Tensor& output,
@@ -202,8 +225,19 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   const auto product = in_bf16 ? at::kBFloat16 : scalar_type<T>;
 
   Tensors factors(weights.size());
-  BackwardArguments a{kind, l,       z,           {},   input.reshape({total, z.inputs}).to(product),
-                      hx,   factors, batch_first, mask, groups};
+  // Rows beyond a length are left out of every product, so that nothing of them, NaN included, enters one: gradients lie
+  // row after row as the scan visits them. Groups need all rows where they were, and zeros in those.
+  const std::optional<Tensor> valid = table.valid_rows();
+  const bool dense = valid && groups == 0;
+  const auto offset = table.visited_before();
+  const int64_t count = dense ? valid->numel() : total;
+  const auto select = [&](const Tensor& data) {  // [total, columns]
+    if (!valid) return data.to(product);
+    const Tensor kept = data.index_select(0, *valid).to(product);
+    return dense ? kept : at::zeros(data.sizes(), kept.options()).index_copy_(0, *valid, kept);
+  };
+
+  BackwardArguments a{kind, l, z, {}, select(input.reshape({total, z.inputs})), hx, factors, batch_first, mask, groups};
   for (int d = 0; d < l.directions; ++d) {
     if (a.wants_input()) factors[l.w_ih(d)] = weights[l.w_ih(d)].to(product);
     if (a.wants_state(0)) factors[l.w_hh(d)] = weights[l.w_hh(d)].to(product);
@@ -220,27 +254,26 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   const int64_t gate_columns = (cell.gates + cell.separate) * z.units;
   const int64_t together = (cell.gates - cell.separate) * z.units;
   const int64_t reserve_columns = reserve.size(-1);
-  const std::optional<Tensor> valid = table.valid_rows();
   BackwardParams<T> params[2];
   ScanGradients scanned;
-  Tensor all_gates[2];  // [rows, (G+S)*H]
+  Tensor all_gates[2];  // [count, (G+S)*H]
   scanned.carry = at::zeros({directions, z.batch, z.units}, options);
   if (a.wants_states()) scanned.grad_first = at::empty({directions, z.batch, cell.gates * z.units}, options);
   for (int d = 0; d < l.directions; ++d) {
     DirectionGradients g;
-    // groups reduce over every row, so those that the scan does not visit have to be zero
     const auto allocate = [&](int64_t columns) {
-      return valid && groups > 0 ? at::zeros({total, columns}, options) : at::empty({total, columns}, options);
+      return valid && !dense ? at::zeros({count, columns}, options) : at::empty({count, columns}, options);
     };
     Tensor grad_gates = with_huge_pages(allocate(gate_columns));
     if (l.projected) {
       g.grad_projected = allocate(z.outputs);
-      g.activation = reserve.select(0, d).view({total, reserve_columns}).narrow(1, cell.saved * z.units, z.units);
+      const Tensor saved = reserve.select(0, d).view({total, reserve_columns});
+      g.activation = select(saved.narrow(1, cell.saved * z.units, z.units));
     }
     const Tensor initial = hx.empty() ? Tensor() : hx[0].select(0, d);
     if (a.wants_weight(l.w_hh(d))) {
       if (table.ragged() || rows.reset != nullptr || rows.batch_stride != 1 || groups > 0) {
-        g.previous = copy_previous(rows, total, output, d, initial, z.outputs);
+        g.previous = copy_previous(rows, dense ? offset.data() : nullptr, count, output, d, initial, z.outputs);
       } else {
         const int64_t later = total - z.batch;  // rows but those of a direction's first step
         const Tensor own = output.view({total, directions * z.outputs}).narrow(1, d * z.outputs, z.outputs);
@@ -268,6 +301,7 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
       p.grad_cells = direction(data<T>(grads[3]), d, z.units);
       p.grad_cells_stride = directions * z.units;
     }
+    if (dense) p.grad_offset = offset.data();
     p.grad_gates = grad_gates.mutable_data_ptr<T>();
     if (l.projected) p.grad_projected = g.grad_projected.mutable_data_ptr<T>();
     p.carry = scanned.carry.mutable_data_ptr<T>() + d * z.batch * z.units;
@@ -283,27 +317,17 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
     kernels.backward(scan, params, scratch.mutable_data_ptr());
   }
 
-  // Rows beyond a length: gathered away, so that nothing of them, NaN included, enters a product.
-  const auto clean = [&](const Tensor& t) {
-    if (!t.defined()) return t;
-    if (!valid) return t.to(product);
-    const Tensor kept = t.index_select(0, *valid).to(product);
-    return groups == 0 ? kept : at::zeros_like(t, product).index_copy_(0, *valid, kept);
-  };
-  a.input = clean(a.input);
   for (int d = 0; d < l.directions; ++d) {
     DirectionGradients& g = scanned.each[d];
-    const Tensor gates = clean(all_gates[d]);
+    const Tensor gates = all_gates[d].to(product);
     g.input_gates = gates.narrow(1, 0, cell.gates * z.units);
     // the separate gates have their recurrent parts behind those of all gates
     g.recurrent = {gates.narrow(1, 0, together)};
     if (cell.separate > 0) g.recurrent.push_back(gates.narrow(1, cell.gates * z.units, cell.separate * z.units));
-    g.previous = clean(g.previous);
-    if (g.initial.defined()) g.initial = g.initial.to(product);
-    g.grad_projected = clean(g.grad_projected);
-    g.activation = clean(g.activation);
+    for (Tensor* t : {&g.previous, &g.initial, &g.grad_projected}) {
+      if (t->defined()) *t = t->to(product);
+    }
   }
-
   if (scanned.grad_first.defined()) scanned.grad_first = scanned.grad_first.to(product);
 
   Tensor empty_rows;
@@ -313,8 +337,10 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   }
   Tensors result = layer_gradients(a, scanned, empty_rows);
   if (a.wants_input()) {
-    if (valid && groups == 0)
-      result[0] = at::zeros({total, z.inputs}, result[0].options()).index_copy_(0, *valid, result[0]);
+    if (dense) {
+      result[0] = at::empty({total, z.inputs}, result[0].options()).index_copy_(0, *valid, result[0]);
+      clear_padding(table, result[0]);
+    }
     result[0] = result[0].view(input.sizes());
   }
   return result;

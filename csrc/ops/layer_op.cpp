@@ -78,9 +78,9 @@ class Reduction {
   int64_t groups_;
 };
 
-Tensor allocate(std::vector<int64_t> rows, int64_t last, const at::TensorOptions& options, bool clear) {
+Tensor allocate(std::vector<int64_t> rows, int64_t last, const at::TensorOptions& options) {
   rows.push_back(last);
-  return clear ? at::zeros(rows, options) : at::empty(rows, options);
+  return at::empty(rows, options);
 }
 
 }  // namespace
@@ -101,19 +101,19 @@ Storage storage_of(const Tensor& t) {
 }
 
 LayerResult::LayerResult(CellKind kind, const Sizes& z, at::IntArrayRef input, const at::TensorOptions& options,
-                         bool need_steps, bool clear)
+                         bool need_steps)
     : rows(input.begin(), input.end() - 1) {
-  output = allocate(rows, z.directions * z.outputs, options, clear);
+  output = allocate(rows, z.directions * z.outputs, options);
   h_n = at::empty({z.directions, z.batch, z.outputs}, options);
   if (traits(kind).states == 1) return;
   c_n = at::empty({z.directions, z.batch, z.units}, options);
-  if (need_steps) cells = allocate(rows, z.directions * z.units, options, clear);
+  if (need_steps) cells = allocate(rows, z.directions * z.units, options);
 }
 
-Tensor LayerResult::allocate_gates(const Sizes& z, int64_t columns, at::TensorOptions options, bool clear) const {
+Tensor LayerResult::allocate_gates(const Sizes& z, int64_t columns, at::TensorOptions options) const {
   std::vector<int64_t> shape = rows;
   shape.insert(shape.begin(), z.directions);
-  return allocate(shape, columns, options, clear);
+  return allocate(shape, columns, options);
 }
 
 Tensors LayerResult::with_reserve(const Tensor& reserve) const {

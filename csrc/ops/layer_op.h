@@ -42,11 +42,10 @@ struct LayerResult {
   Tensor c_n;                 // [D, N, H], if the cell has it
   Tensor cells;               // [rows, D*H], if asked for
 
-  // `input`: its sizes. `clear`: rows that no scan visits have to be zero.
-  LayerResult(CellKind kind, const Sizes& z, at::IntArrayRef input, const at::TensorOptions& options, bool need_steps,
-              bool clear);
+  // `input`: its sizes.
+  LayerResult(CellKind kind, const Sizes& z, at::IntArrayRef input, const at::TensorOptions& options, bool need_steps);
   // The projections of the input, which turn into the reserve: [D, rows, columns].
-  Tensor allocate_gates(const Sizes& z, int64_t columns, at::TensorOptions options, bool clear) const;
+  Tensor allocate_gates(const Sizes& z, int64_t columns, at::TensorOptions options) const;
   Tensors with_reserve(const Tensor& reserve) const;
 };
 

@@ -71,6 +71,12 @@ RowTable::RowTable(const Layout& layout, const Tensor& input, const OptionalTens
   }
 }
 
+std::vector<int64_t> RowTable::visited_before() const {
+  std::vector<int64_t> before(rows_.steps);
+  std::exclusive_scan(rows_.active, rows_.active + rows_.steps, before.begin(), int64_t{0});
+  return before;
+}
+
 std::optional<Tensor> RowTable::valid_rows() const {
   if (!padded_) return std::nullopt;
   const int64_t count = std::accumulate(rows_.length, rows_.length + rows_.batch, int64_t{0});

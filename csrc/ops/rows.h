@@ -24,8 +24,12 @@ class RowTable {
   bool ragged() const { return ragged_; }
   // Rows of the data, valid or not: T * N, or those of a packed batch.
   int64_t total() const { return total_; }
-  // The valid rows, if some are not.
+  // Are some rows of the data not valid?
+  bool padded() const { return padded_; }
+  // The valid rows in the order of the scan's visits, if some are not.
   std::optional<Tensor> valid_rows() const;
+  // [T] how many of them come before those of a step.
+  std::vector<int64_t> visited_before() const;
 
  private:
   Rows rows_;
