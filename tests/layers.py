@@ -114,6 +114,7 @@ LAYERS = [
     layer_case("gru", steps=3, cluster=2, exchange=CLUSTER_BARRIER),
     layer_case("lstm", steps=3, batch=9, units=30, cluster=4, lengths=[3, 1, 2, 3, 0, 3, 2, 1, 3]),
     layer_case("lstm", units=64),  # backward, a warp of each block has nothing for its own
+    layer_case("lstm", cluster=4, directions=2),  # a block without units
 ]
 
 # A line of a kernel, what takes its place, and a case in which that shows.
@@ -123,6 +124,7 @@ FAULTS = {
     "one buffer of h": ("persistent_forward.cuh", "T* const next = h + (s + 1) % 2 *", "T* const next = h + s % 2 *", 0),  # noqa: E501
     "one inbox": ("persistent_backward.cuh", "float* const place = inbox + (s + 1) % 2 *", "float* const place = inbox + s % 2 *", 0),  # noqa: E501
     "one operand": ("persistent_backward.cuh", "T* const own_gates = operand + s % 2 *", "T* const own_gates = operand + 0 *", 5),  # noqa: E501
+    "a block without units sends": ("persistent_backward.cuh", "warp < plan.warps && rank < owners;", "warp < plan.warps;", 6),  # noqa: E501
     "no block barrier": ("persistent_backward.cuh", "gpu::syncthreads();", "", 0),
     "blocks do not begin together": ("persistent.cuh", "gpu::cluster_sync();", "gpu::syncthreads();", 0),
     "no barrier of one block": ("persistent.cuh", "void wait(int64_t s) const {\n    if (exchange_ == Exchange::kBlock) {\n      gpu::syncthreads();", "void wait(int64_t s) const {\n    if (exchange_ == Exchange::kBlock) {", 2),  # noqa: E501

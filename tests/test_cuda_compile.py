@@ -89,7 +89,8 @@ CELLS = {"Rnn": "rnn_tanh", "Lstm": "lstm", "Gru": "gru"}
 
 def products_of(kernel: str) -> int:
     """How many tensor-core instructions a persistent kernel has: one for each fragment of weights in registers and each
-    group of 8 rows of the batch, and those of two k-steps more in a loop over the fragments in shared memory."""
+    group of 8 rows of the batch, and those of two k-steps more in a loop over the fragments in shared memory; an
+    odd number in registers adds one."""
     from fastrnn import _C
 
     direction = re.search(r"persistent_(forward|backward)_kernel", kernel)
@@ -102,7 +103,7 @@ def products_of(kernel: str) -> int:
     else:  # so many groups of 8 units a warp
         fits = [plan for plan in plans if plan["units"] * 4 == plan["threads"] * int(sizes[1])]
     steps, tiles = {(p["register_steps"], p["row_tiles"]) for p in fits if p["rows"] == 8 * groups}.pop()
-    return (steps + 2) * tiles * groups
+    return (steps + steps % 2 + 2) * tiles * groups
 
 
 @needs_nvcc

@@ -82,15 +82,40 @@ def plans(case, backward, device):
     return fastrnn._C.cuda_plans(*shape, training=True, backward=backward, device=device)[:-1]
 
 
-# Clusters of 1 to 16 blocks, both exchanges, every tile: the K-th plan forward and the K-th backward.
-@pytest.mark.parametrize("index", [pytest.param(k, marks=[pytest.mark.slow] if k % 4 else []) for k in range(24)])
+@pytest.fixture
+def take(place, monkeypatch):
+    """Makes a call take the one plan forward and the other backward: they are rows of a table of tuned plans."""
+    emulated = place.device == "cpu"
+    device = "h200" if emulated else "cuda"
+    library = emulation.library() if emulated else fastrnn._C
+
+    def choose(case, forward, backward):
+        known, numbers = fastrnn._C.cuda_device(device), f"{case.batch},{case.hidden},{case.directions}"
+        rows = [fastrnn._C.TUNED_HEADER]
+        for scan, plan in (("training", forward), ("backward", backward)):
+            choice = ",".join(str(plan[name]) for name in ("tier", "exchange", "cluster", "rows", "row_tiles"))
+            key = f"{known['capability']},{known['multiprocessors']},{case.kind},2,{scan}"
+            rows.append(f"{key},{numbers},{choice}")
+        library.set_tuned_plans("\n".join(rows))
+        monkeypatch.setenv("FASTRNN_CUDA_PLAN", "auto")
+
+    choose.device = device
+    yield choose
+    library.set_tuned_plans("")
+
+
+# Clusters of 1 to 16 blocks, some without units, both exchanges, every tile: the K-th plan forward, and the K-th
+# backward.
+PLANS = 32
+
+
+@pytest.mark.parametrize("index", [pytest.param(k, marks=[pytest.mark.slow] if k % 4 else []) for k in range(PLANS)])
 @parametrize([Case("lstm", steps=4, batch=9, hidden=130), Case("gru", steps=3, batch=17, hidden=136)])
-def test_every_plan(case, index, place, monkeypatch):
+def test_every_plan(case, index, place, take):
     case = replace(case, dtype=DTYPES[index % 2])
-    device = "cuda" if place.device == "cuda" else "h200"
-    counts = [len(plans(case, backward, device)) for backward in (False, True)]
-    assert max(counts) <= 24
-    monkeypatch.setenv("FASTRNN_CUDA_PLAN", f"persistent:{min(index, min(counts) - 1)}")
+    listed = [plans(case, backward, take.device) for backward in (False, True)]
+    assert max(map(len, listed)) <= PLANS
+    take(case, *(some[index % len(some)] for some in listed))
     compare(case, "one thread", place.device)
 
 
@@ -102,6 +127,9 @@ def test_every_plan(case, index, place, monkeypatch):
         Case("lstm", steps=3, batch=17, inputs=3, hidden=512, dtype=torch.float16),
         Case("gru", steps=3, batch=8, inputs=3, hidden=500, dtype=torch.bfloat16),
         Case("rnn_tanh", steps=5, batch=33, inputs=3, hidden=768, dtype=torch.float16),
+        Case("lstm", steps=3, batch=9, inputs=3, hidden=768, dtype=torch.bfloat16),
+        Case("gru", steps=4, batch=3, inputs=3, hidden=765, dtype=torch.float16),
+        Case("lstm", steps=3, batch=1, inputs=3, hidden=521, dtype=torch.float16, bidirectional=True),
     ]
 )
 def test_real_sizes(case, place):

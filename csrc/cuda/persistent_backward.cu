@@ -8,11 +8,13 @@ namespace {
 struct Kernels {
   using Kernel = void (*)(PersistentBackward);
 
-  template <class Cell, class T>
+  template <class Cell, class T, int kTiles = 2>
   static Kernel of(const CudaPlan& plan) {
-    return plan.row_tiles == 2   ? persistent_backward_kernel<Cell, T, 2, 1>
-           : plan.row_tiles == 4 ? persistent_backward_kernel<Cell, T, 4, 1>
-                                 : persistent_backward_kernel<Cell, T, 8, 1>;
+    if (plan.row_tiles == kTiles) return persistent_backward_kernel<Cell, T, kTiles, 1>;
+    if constexpr (kTiles < most_backward_tiles(Cell::kGates)) {
+      return of<Cell, T, kTiles + 2>(plan);
+    }
+    return nullptr;
   }
 };
 

@@ -8,6 +8,7 @@
 // Parts arrive in two inboxes by turns. A block sends parts of step s + 2 only when it has all of step s + 1, which every
 // other block sent after all its threads had read the inbox of step s. The operand of the products is there twice too:
 // what has arrived says nothing of a warp of the own block whose parts all go to others, and which may still multiply.
+// A block without units waits for nothing, so it may be steps ahead: it sends nothing, and nothing is sent to it.
 #pragma once
 
 #include "persistent.cuh"
@@ -86,7 +87,7 @@ class BackwardThread {
     });
   }
 
-  // Step t. inbox: shared [cluster, kGroups, units, 8], the parts of dh_t, or null; operand: shared [kGroups, depth, 8] out.
+  // Step t. inbox: shared [owners, kGroups, units, 8], the parts of dh_t, or null; operand: shared [kGroups, depth, 8] out.
   GPU_FN void compute(int64_t t, const float* inbox, T* operand) {
     const bool reverse = d_ == 1;
     const int units = plan_.units, depth = plan_.depth;
@@ -118,7 +119,7 @@ class BackwardThread {
       float grad_h = grad_h_[i];
       if (on && inbox != nullptr) {
         float sum = 0.f;
-        for (int r = 0; r < plan_.cluster; ++r) {
+        for (int r = 0; r < plan_.owners; ++r) {
           sum += inbox[((r * kGroups + column / 8) * units + u) * 8 + column % 8];
         }
         grad_h += sum;
@@ -201,17 +202,17 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) persistent_backward_
   constexpr int kColumns = kMatrixColumns * kGroups, kRegisterSteps = kBackwardSteps<kTiles, kGroups>;
   DYN_SHARED(bytes);
   const CudaPlan& plan = p.plan;
-  const int depth = plan.depth, units = plan.units, cluster = plan.cluster;
+  const int depth = plan.depth, units = plan.units, cluster = plan.cluster, owners = plan.owners;
   const int rank = static_cast<int>(blockIdx.x) % cluster, d = static_cast<int>(blockIdx.y);
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int steps = plan.register_steps + plan.shared_steps, inbox_size = cluster * units * kColumns;
-  const bool multiplies = warp < plan.warps;  // the others only have elements
+  const int steps = plan.register_steps + plan.shared_steps, inbox_size = owners * units * kColumns;
+  const bool multiplies = warp < plan.warps && rank < owners;  // the others at most have elements
   T* const operand = reinterpret_cast<T*>(bytes);  // [2, kGroups, depth, 8]
-  float* const inbox = reinterpret_cast<float*>(operand + 2 * depth * kColumns);  // [2, cluster, kGroups, units, 8]
+  float* const inbox = reinterpret_cast<float*>(operand + 2 * depth * kColumns);  // [2, owners, kGroups, units, 8]
   float* const carry = inbox + 2 * inbox_size;  // [units * kColumns]
   uint4* const weights = reinterpret_cast<uint4*>(carry + units * kColumns);
   const int tiles = plan.warps * plan.shared_steps * kTiles;
-  const Turn turn(plan, reinterpret_cast<uint64_t*>(weights + tiles * 32));
+  const Turn turn(plan, rank, reinterpret_cast<uint64_t*>(weights + tiles * 32));
 
   const int from = 8 * Cell::kGates * units;  // zeros behind the gates of the block's units
   for (int i = static_cast<int>(threadIdx.x); i < 2 * kGroups * (depth * 8 - from); i += static_cast<int>(blockDim.x)) {
@@ -225,7 +226,7 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) persistent_backward_
                  weights + warp * plan.shared_steps * kTiles * 32, steps);
   }
   const int octets = static_cast<int>((p.step.units + 7) / 8), left = octets * 8 - rank * units;
-  const unsigned arriving = static_cast<unsigned>(cluster * (left < units ? left : units) * kColumns * sizeof(float));
+  const unsigned arriving = static_cast<unsigned>(owners * (left < units ? left : units) * kColumns * sizeof(float));
   const int64_t all = p.step.table.steps;
   own.load(d == 0 ? all - 1 : 0);
   turn.begin();

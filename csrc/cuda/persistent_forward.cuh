@@ -214,13 +214,14 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) persistent_forward_k
   constexpr int kColumns = kMatrixColumns * kGroups;
   DYN_SHARED(bytes);
   const CudaPlan& plan = p.plan;
-  const int depth = plan.depth, cluster = plan.cluster, rank = static_cast<int>(blockIdx.x) % cluster;
+  const int depth = plan.depth, cluster = plan.cluster, owners = plan.owners;
+  const int rank = static_cast<int>(blockIdx.x) % cluster;
   const int d = static_cast<int>(blockIdx.y), warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32, steps = plan.register_steps + plan.shared_steps;
   T* const h = reinterpret_cast<T*>(bytes);  // [2, kGroups, depth, 8]
   uint4* const weights = reinterpret_cast<uint4*>(h + 2 * depth * kColumns);
   const int tiles = plan.warps * plan.shared_steps * Lane::kTiles;
-  const Turn turn(plan, reinterpret_cast<uint64_t*>(weights + tiles * 32));
+  const Turn turn(plan, rank, reinterpret_cast<uint64_t*>(weights + tiles * 32));
 
   // h_0, and zeros where no unit and no row of the batch is
   const StepForward& step = p.step;
@@ -265,7 +266,7 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) persistent_forward_k
             const uint4 values = own.published(o, q);
             uint4* const to = reinterpret_cast<uint4*>(next + (q * depth + own.unit(o)) * kMatrixColumns);
             // the four lanes of a unit share the blocks; each warp begins with another one
-            for (int i = lane % 4; i < cluster; i += 4) turn.send(to, values, (i + rank + warp) % cluster, s + 1);
+            for (int i = lane % 4; i < owners; i += 4) turn.send(to, values, (i + rank + warp) % owners, s + 1);
           }
         }
       }
