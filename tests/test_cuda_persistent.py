@@ -106,7 +106,7 @@ def take(place, monkeypatch):
 
 # Clusters of 1 to 16 blocks, some without units, both exchanges, every tile: the K-th plan forward, and the K-th
 # backward.
-PLANS = 32
+PLANS = 36
 
 
 @pytest.mark.parametrize("index", [pytest.param(k, marks=[pytest.mark.slow] if k % 4 else []) for k in range(PLANS)])
@@ -117,6 +117,18 @@ def test_every_plan(case, index, place, take):
     assert max(map(len, listed)) <= PLANS
     take(case, *(some[index % len(some)] for some in listed))
     compare(case, "one thread", place.device)
+
+
+@pytest.mark.slow
+def test_every_backward_plan_of_an_rnn(place, take):
+    """It has tiles that other cells have not."""
+    case = Case("rnn_tanh", steps=3, batch=17, hidden=136, dtype=torch.float16)
+    forward, *_ = plans(case, False, take.device)
+    listed = plans(case, True, take.device)
+    assert {(plan["rows"], plan["row_tiles"]) for plan in listed} >= {(8, 8), (16, 8)}
+    for plan in listed:
+        take(case, forward, plan)
+        compare(case, "one thread", place.device)
 
 
 # Tiles and clusters as they are meant to be used; steps enough for both buffers and both phases of their barriers.
@@ -130,6 +142,7 @@ def test_every_plan(case, index, place, take):
         Case("lstm", steps=3, batch=9, inputs=3, hidden=768, dtype=torch.bfloat16),
         Case("gru", steps=4, batch=3, inputs=3, hidden=765, dtype=torch.float16),
         Case("lstm", steps=3, batch=1, inputs=3, hidden=521, dtype=torch.float16, bidirectional=True),
+        Case("gru", steps=3, batch=59, inputs=3, hidden=639, dtype=torch.bfloat16),  # 16 rows of the batch
     ]
 )
 def test_real_sizes(case, place):

@@ -146,10 +146,9 @@ std::vector<CudaPlan> persistent_plans(const CudaProblem& p, const CudaDevice& d
   };
   for (int cluster = 1; cluster <= 16; cluster *= 2) {
     for (int groups = 1; groups <= 2; ++groups) {
-      if (p.backward && groups == 2) continue;  // not compiled: 16 rows of the batch double what blocks send each other
       if (p.backward) {
-        for (int row_tiles = 2; row_tiles <= most_backward_tiles(p.gates); row_tiles += 2) {
-          add(cluster, 0, row_tiles, groups);
+        for (int tiles = least_backward_tiles(groups); tiles <= most_backward_tiles(p.gates); tiles += 2) {
+          add(cluster, 0, tiles, groups);
         }
       } else {
         const int narrow = narrow_octets(p.gates);

@@ -97,6 +97,8 @@ constexpr int widest_octets(int gates) {
 constexpr int chains_of(int row_tiles, int batch_groups) { return row_tiles * batch_groups < 4 ? 2 : 1; }
 // Backward, 2, 4 or 6 row tiles a warp, 8 warps, have all units of what a cluster of 16 holds of a cell with several gates.
 constexpr int most_backward_tiles(int gates) { return gates > 1 ? 6 : 8; }
+// 16 rows of the batch pay for wide layers only.
+constexpr int least_backward_tiles(int batch_groups) { return 2 * batch_groups; }
 // k-steps whose fragments stay in registers: what is left of 255 by sums, operands, addresses and the cells of a lane.
 // nvcc says whether it is so (tests/test_cuda_compile.py): a spilled register is an error there.
 constexpr int register_steps_of(int row_tiles, int batch_groups, int of_cells) {

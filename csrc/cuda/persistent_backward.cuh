@@ -11,7 +11,7 @@
 // A block without units waits for nothing, so it may be steps ahead: it sends nothing, and nothing is sent to it.
 #pragma once
 
-#include "persistent.cuh"
+#include "persistent_launch.cuh"
 
 namespace fastrnn {
 
@@ -269,5 +269,22 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) persistent_backward_
   }
   own.store_carry();
 }
+
+// For choose_kernel: the tiles of that many groups of the batch.
+template <int kGroups>
+struct BackwardKernels {
+  using Kernel = PersistentKernel<StepBackward>;
+
+  template <class Cell, class T, int kTiles = least_backward_tiles(kGroups)>
+  static Kernel of(const CudaPlan& plan) {
+    if (plan.row_tiles == kTiles) return persistent_backward_kernel<Cell, T, kTiles, kGroups>;
+    if constexpr (kTiles < most_backward_tiles(Cell::kGates)) {
+      return of<Cell, T, kTiles + 2>(plan);
+    }
+    return nullptr;
+  }
+};
+
+PersistentKernel<StepBackward> backward_kernel_of_16_rows(CellKind kind, Storage storage, const CudaPlan& plan);
 
 }  // namespace fastrnn

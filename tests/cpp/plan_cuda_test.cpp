@@ -282,6 +282,13 @@ void test_plan_cuda() {
     CHECK(plan_cuda(problem_of(CellKind::kGru, 512, 8, 1, backward), a100, "persistent").tier == Tier::kStepwise);
     CHECK(plan_cuda(problem_of(CellKind::kGru, 64, 8, 1, backward), a100, "persistent").tier == Tier::kBlock);
   }
+  // 16 rows of the batch, where clusters of 8 would take turns
+  for (const bool backward : {false, true}) {
+    const auto groups = [&](int64_t batch) {
+      return plan_cuda(problem_of(CellKind::kGru, 640, batch, 1, backward), h200, "persistent").batch_groups;
+    };
+    CHECK(groups(8) == 1 && groups(56) == 1 && groups(57) == 2 && groups(112) == 2);
+  }
   CudaProblem other = lstm;
   other.element_size = 4;
   CHECK(persistent_plans(other, h200).empty());
