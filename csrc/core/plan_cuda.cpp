@@ -133,8 +133,8 @@ CudaDevice cuda_device(const std::string& name) {
 
 std::vector<CudaPlan> persistent_plans(const CudaProblem& p, const CudaDevice& device) {
   std::vector<CudaPlan> plans;
-  // fp32 products have no tensor cores that keep their precision; packed rows and projections come later
-  if (p.element_size != 2 || p.projected || p.packed || p.batch < 1 || p.units < 1 || p.steps < 1) return plans;
+  // fp32 products have no tensor cores that keep their precision; projections come later
+  if (p.element_size != 2 || p.projected || p.batch < 1 || p.units < 1 || p.steps < 1) return plans;
   if (device.capability < 80) return plans;
   const auto add = [&](int cluster, int octets, int row_tiles, int groups) {
     const Exchange only = Exchange::kBlock;

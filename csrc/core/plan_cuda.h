@@ -33,7 +33,6 @@ struct CudaProblem {
   int directions = 1;  // D
   int element_size = 2;  // bytes
   bool projected = false;
-  bool packed = false;
   bool training = false;  // forward: the reserve is stored
   bool backward = false;
 };

@@ -18,6 +18,51 @@ struct PersistentParams {
   CudaPlan plan;
   const uint4* packed;  // [D, cluster, warps, steps, row_tiles, 32 lanes]
   int64_t step_stride;
+  const int64_t* offset;
+};
+
+// The rows of the batch that a thread has, its columns, and where they lie.
+template <class Step>
+class Slice {
+ public:
+  GPU_FN Slice(const PersistentParams<Step>& params, int first)
+      : p_(params), d_(static_cast<int>(blockIdx.y)), first_(first) {}
+
+  GPU_FN int direction() const { return d_; }
+  GPU_FN int n(int column) const { return first_ + column; }
+  // Valid steps; -1 beyond the batch.
+  GPU_FN int length(int column) const {
+    const StepTable& table = p_.step.table;
+    if (n(column) >= table.batch) return -1;
+    const int64_t length = table.lengths == nullptr ? table.steps : table.lengths[n(column)];
+    return static_cast<int>(length < table.steps ? length : table.steps);
+  }
+  // Steps that some row of the batch from the column on visits, padding included.
+  GPU_FN int64_t steps(int column) const { return packed() ? length(column) : p_.step.table.steps; }
+  // Has it no rows beyond the lengths?
+  GPU_FN bool packed() const { return p_.offset != nullptr; }
+  GPU_FN Sequence sequence(int column, int length) const {
+    const StepTable& table = p_.step.table;
+    return {length, table.reset == nullptr ? nullptr : table.reset + n(column) * table.reset_batch_stride,
+            table.reset_step_stride};
+  }
+  // Of a tensor [D, rows, *], the row of a step that there is.
+  GPU_FN int64_t row(int64_t t, int column) const {
+    const int64_t first = packed() ? gpu::load_readonly(p_.offset + t) : t * p_.step_stride;
+    return d_ * p_.step.table.total + first + n(column) * p_.step.table.batch_stride;
+  }
+  // Of a tensor [rows, D, H], at such a row.
+  GPU_FN int64_t of_rows(int64_t row, int unit) const {
+    return ((row - d_ * p_.step.table.total) * p_.step.table.directions + d_) * p_.step.units + unit;
+  }
+  // Of a tensor [D, N, H].
+  GPU_FN int64_t of_batch(int column, int unit) const {
+    return (d_ * p_.step.table.batch + n(column)) * p_.step.units + unit;
+  }
+
+ private:
+  const PersistentParams<Step>& p_;
+  int d_, first_;
 };
 
 // The value type of the cells here: float32, with exp2 and reciprocal of the hardware (relative error about 2^-22) where

@@ -31,48 +31,45 @@ class BackwardThread {
   GPU_FN BackwardThread(const PersistentBackward& params, int rank, float* carry)
       : p_(params.step),
         plan_(params.plan),
-        step_stride_(params.step_stride),
-        d_(static_cast<int>(blockIdx.y)),
+        slice_(params, static_cast<int>(blockIdx.x) / params.plan.cluster * kMatrixColumns * kGroups),
         first_unit_(rank * params.plan.units),
         carry_(carry) {
-    first_row_ = static_cast<int>(blockIdx.x) / plan_.cluster * kMatrixColumns * kGroups;
     each([&](int i, int u, int column) {
       carry_[column * plan_.units + u] = 0.f;
-      length_[i] = -1;
-      const int64_t steps = p_.table.steps;
-      if (n(column) < p_.table.batch && unit(u) < p_.units) {
-        const int64_t length = p_.table.lengths == nullptr ? steps : p_.table.lengths[n(column)];
-        length_[i] = static_cast<int>(length < steps ? length : steps);
-      }
+      length_[i] = unit(u) < p_.units ? slice_.length(column) : -1;
     });
   }
 
+  GPU_FN int64_t steps() const { return slice_.steps(0); }
+
   // What step t reads of the device's memory; what the step after it reads begins its way to L2.
   GPU_FN void load(int64_t t) {
-    const bool reverse = d_ == 1;
+    const bool reverse = slice_.direction() == 1;
     const int64_t ahead = reverse ? t + 1 : t - 1;
     each([&](int i, int u, int column) {
       if (u % 8 == 0 && ahead >= 0 && ahead < length_[i]) {  // 8 numbers are a sector
-        const int64_t row = gates_row(ahead, column);
+        const int64_t row = slice_.row(ahead, column);
         const float* from = static_cast<const float*>(p_.reserve) + row * p_.reserve_stride + unit(u);
 #pragma unroll
         for (int k = 0; k < kSaved; ++k) gpu::prefetch_l2(from + k * p_.units);
-        if (p_.grad_output != nullptr) gpu::prefetch_l2(static_cast<const T*>(p_.grad_output) + of_rows(row, u));
+        if (p_.grad_output != nullptr)
+          gpu::prefetch_l2(static_cast<const T*>(p_.grad_output) + slice_.of_rows(row, unit(u)));
       }
       if (t >= length_[i]) return;
-      const int64_t row = gates_row(t, column), before = gates_row(reverse ? t + 1 : t - 1, column);
-      const Sequence s = sequence(i, column);
+      const Sequence s = slice_.sequence(column, length_[i]);
       const bool last = s.last(t, reverse), flows = s.flows(t, reverse), enters = s.enters(t, reverse);
+      const int64_t row = slice_.row(t, column), before = flows ? slice_.row(reverse ? t + 1 : t - 1, column) : 0;
+      const int64_t of_rows = slice_.of_rows(row, unit(u)), of_batch = slice_.of_batch(column, unit(u));
       const float* reserve = static_cast<const float*>(p_.reserve) + unit(u);
 #pragma unroll
       for (int k = 0; k < kSaved; ++k) saved_[i][k] = reserve[row * p_.reserve_stride + k * p_.units];
-      grad_h_[i] = value(p_.grad_output, of_rows(row, u)) + (last ? value(p_.grad_h_n, of_batch(column, u)) : 0.f);
+      grad_h_[i] = value(p_.grad_output, of_rows) + (last ? value(p_.grad_h_n, of_batch) : 0.f);
       h_before_[i] = 0.f;
       if (kState == ElementState::kHidden || p_.previous != nullptr) {
         if (flows) {
-          h_before_[i] = value(p_.output, of_rows(before, u));
+          h_before_[i] = value(p_.output, slice_.of_rows(before, unit(u)));
         } else if (enters) {
-          h_before_[i] = value(p_.h0, of_batch(column, u));
+          h_before_[i] = value(p_.h0, of_batch);
         }
       }
       if constexpr (kState == ElementState::kCell) {
@@ -80,27 +77,27 @@ class BackwardThread {
         if (flows) {
           c_before_[i] = reserve[before * p_.reserve_stride + (kSaved - 1) * p_.units];
         } else if (enters) {
-          c_before_[i] = value(p_.c0, of_batch(column, u));
+          c_before_[i] = value(p_.c0, of_batch);
         }
-        grad_c_[i] = value(p_.grad_cells, of_rows(row, u)) + (last ? value(p_.grad_c_n, of_batch(column, u)) : 0.f);
+        grad_c_[i] = value(p_.grad_cells, of_rows) + (last ? value(p_.grad_c_n, of_batch) : 0.f);
       }
     });
   }
 
   // Step t. inbox: shared [owners, kGroups, units, 8], the parts of dh_t, or null; operand: shared [kGroups, depth, 8] out.
   GPU_FN void compute(int64_t t, const float* inbox, T* operand) {
-    const bool reverse = d_ == 1;
+    const bool reverse = slice_.direction() == 1;
     const int units = plan_.units, depth = plan_.depth;
     each([&](int i, int u, int column) {
       T* const to = operand + (column / 8 * depth + u) * 8 + column % 8;
-      const int64_t row = gates_row(t, column), width = kGates * p_.units;
       float& carried = carry_[column * units + u];
       if (t >= length_[i]) {
 #pragma unroll
         for (int g = 0; g < kGates; ++g) to[g * units * 8] = gpu::from_float<T>(0.f);
-        if (length_[i] < 0) return;
+        if (length_[i] < 0 || slice_.packed()) return;
         // a row without steps hands its initial state through
-        if (kState == ElementState::kCell && t == 0) carried = value(p_.grad_c_n, of_batch(column, u));
+        if (kState == ElementState::kCell && t == 0) carried = value(p_.grad_c_n, slice_.of_batch(column, unit(u)));
+        const int64_t row = slice_.row(t, column), width = kGates * p_.units;
         if (p_.previous != nullptr) static_cast<T*>(p_.previous)[row * p_.units + unit(u)] = gpu::from_float<T>(0.f);
 #pragma unroll
         for (int g = 0; g < kGates; ++g) {
@@ -110,7 +107,8 @@ class BackwardThread {
         }
         return;
       }
-      const Sequence s = sequence(i, column);
+      const int64_t row = slice_.row(t, column), width = kGates * p_.units;
+      const Sequence s = slice_.sequence(column, length_[i]);
       const bool flows = s.flows(t, reverse), enters = s.enters(t, reverse);
       const bool on = !s.last(t, reverse) && s.flows(reverse ? t - 1 : t + 1, reverse);
       Fast saved[kSaved], grad_gate[kGates + kSeparate], previous(0.f), carry(0.f);
@@ -143,8 +141,7 @@ class BackwardThread {
         static_cast<T*>(p_.grad_gates)[at] = gpu::from_float<T>(grad_gate[g].value);
         if (p_.grad_recurrent != nullptr) static_cast<T*>(p_.grad_recurrent)[at] = recurrent;
         if (p_.grad_first != nullptr && enters) {
-          static_cast<T*>(
-              p_.grad_first)[(d_ * p_.table.batch + n(column)) * width + g * p_.units + unit(u)] = recurrent;
+          static_cast<T*>(p_.grad_first)[slice_.of_batch(column, 0) * kGates + g * p_.units + unit(u)] = recurrent;
         }
       }
     });
@@ -154,7 +151,8 @@ class BackwardThread {
   GPU_FN void store_carry() const {
     if (kState == ElementState::kNone) return;
     each([&](int i, int u, int column) {
-      if (length_[i] >= 0) static_cast<float*>(p_.carry)[of_batch(column, u)] = carry_[column * plan_.units + u];
+      if (length_[i] >= 0)
+        static_cast<float*>(p_.carry)[slice_.of_batch(column, unit(u))] = carry_[column * plan_.units + u];
     });
   }
 
@@ -170,28 +168,14 @@ class BackwardThread {
     }
   }
   GPU_FN int unit(int u) const { return first_unit_ + u; }
-  GPU_FN int n(int column) const { return first_row_ + column; }
-  GPU_FN int64_t of_batch(int column, int u) const { return (d_ * p_.table.batch + n(column)) * p_.units + unit(u); }
-  GPU_FN int64_t of_rows(int64_t row, int u) const {
-    return ((row - d_ * p_.table.total) * p_.table.directions + d_) * p_.units + unit(u);
-  }
-  GPU_FN int64_t gates_row(int64_t t, int column) const {
-    return d_ * p_.table.total + t * step_stride_ + n(column) * p_.table.batch_stride;
-  }
-  GPU_FN Sequence sequence(int i, int column) const {
-    const StepTable& table = p_.table;
-    return {length_[i], table.reset == nullptr ? nullptr : table.reset + n(column) * table.reset_batch_stride,
-            table.reset_step_stride};
-  }
   static GPU_FN float value(const void* p, int64_t index) {
     return p == nullptr ? 0.f : gpu::to_float(static_cast<const T*>(p)[index]);
   }
 
   const StepBackward& p_;
   const CudaPlan& plan_;
-  const int64_t step_stride_;
-  const int d_, first_unit_;
-  int first_row_;
+  const Slice<StepBackward> slice_;
+  const int first_unit_;
   float* carry_;
   int length_[kMost];  // -1 beyond the batch and beyond the units
   float saved_[kMost][kSaved], grad_h_[kMost], h_before_[kMost], c_before_[kMost], grad_c_[kMost];
@@ -227,7 +211,7 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) persistent_backward_
   }
   const int octets = static_cast<int>((p.step.units + 7) / 8), left = octets * 8 - rank * units;
   const unsigned arriving = static_cast<unsigned>(owners * (left < units ? left : units) * kColumns * sizeof(float));
-  const int64_t all = p.step.table.steps;
+  const int64_t all = own.steps();
   own.load(d == 0 ? all - 1 : 0);
   turn.begin();
   for (int64_t s = 0; s < all; ++s) {

@@ -32,7 +32,8 @@ void run_scan(PersistentKernel<Step> kernel, int gates, const Step& step, const 
   const CudaPlan& plan = scan.plan;
   const int directions = step.table.directions;
   pack_weights(scan, kBackward, gates, step.units, directions, stream);
-  const PersistentParams<Step> params{step, plan, static_cast<const uint4*>(scan.packed), scan.step_stride};
+  const PersistentParams<Step> params{step, plan, static_cast<const uint4*>(scan.packed), scan.step_stride,
+                                      scan.offset};
   const dim3 grid(static_cast<unsigned>(plan.blocks() / directions), static_cast<unsigned>(directions));
   gpu::launch_cluster(static_cast<unsigned>(plan.cluster), kernel, grid, dim3(plan.threads),
                       static_cast<size_t>(plan.shared_bytes), static_cast<cudaStream_t>(stream), params);

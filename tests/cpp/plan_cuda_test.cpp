@@ -296,9 +296,6 @@ void test_plan_cuda() {
   other.projected = true;
   CHECK(persistent_plans(other, h200).empty());
   other = lstm;
-  other.packed = true;
-  CHECK(persistent_plans(other, h200).empty());
-  other = lstm;
   other.batch = 0;
   CHECK(persistent_plans(other, h200).empty());
 
