@@ -276,6 +276,7 @@ void test_plan_cuda() {
       }
       const CudaPlan widest = plan_cuda(problem_of(kind, 768, 8, 1, backward), h200, "persistent");
       CHECK(widest.cluster == 16 && widest.units == 48);
+      CHECK(!backward || kind != CellKind::kLstm || widest.shared_bytes == 228880);  // docs/cuda.md counts them
       CHECK(persistent_plans(problem_of(kind, 769, 8, 1, backward), h200).empty());
     }
     // no clusters: only what one block holds
