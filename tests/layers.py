@@ -14,9 +14,13 @@ SAVED = {"lstm": 5, "gru": 4}
 BLOCK, ASYNC, CLUSTER_BARRIER = range(3)  # as Exchange
 
 
-def layer_case(cell, steps=5, batch=3, units=20, directions=1, cluster=2, exchange=ASYNC, lengths=None, resets=False):
+def layer_case(
+    cell, steps=5, batch=3, units=20, directions=1, cluster=2, exchange=ASYNC, lengths=None, resets=False, packed=False
+):
+    """A packed batch's lengths do not increase."""
     random = np.random.default_rng(0)
-    gates, rows, columns = reference.CELLS[cell].gates * units, steps * batch, SAVED[cell] * units
+    rows = sum(lengths) if packed else steps * batch
+    gates, columns = reference.CELLS[cell].gates * units, SAVED[cell] * units
 
     def normal(*shape):
         return to_bf16(random.standard_normal(shape).astype(np.float32))
@@ -46,8 +50,11 @@ def layer_case(cell, steps=5, batch=3, units=20, directions=1, cluster=2, exchan
         arrays["grad_recurrent"] = nothing(directions, rows, gates)
     if lengths is not None:
         arrays["lengths"] = np.array(lengths, np.int64)
+    if packed:
+        sizes = [sum(length > t for length in lengths) for t in range(steps)]
+        arrays["offset"] = np.cumsum([0, *sizes[:-1]])
     numbers = {"kind": list(reference.CELLS).index(cell), "steps": steps, "batch": batch, "units": units}
-    numbers |= {"directions": directions, "columns": columns, "cluster": cluster, "exchange": exchange}
+    numbers |= {"directions": directions, "columns": columns, "cluster": cluster, "exchange": exchange, "rows": rows}
     return Case(cell, arrays, numbers)
 
 
@@ -62,15 +69,24 @@ def expected(case):
         return torch.from_numpy(from_bf16(a[name])).double()
 
     lengths = a.get("lengths", np.full(batch, steps))
+    exists = torch.ones(steps, batch, dtype=torch.bool)  # every (t, n) but what a packed batch has not
+    if "offset" in a:
+        exists = torch.arange(steps).unsqueeze(1) < torch.from_numpy(lengths)
+
+    def padded(rows, *shape):
+        result = torch.zeros(steps, batch, *shape, dtype=torch.float64)
+        result[exists] = rows.reshape(-1, *shape)
+        return result
+
     output = torch.zeros(steps, batch, directions, units, dtype=torch.float64)
     found = {"h_n": torch.zeros(directions, batch, units, dtype=torch.float64)}
     found["grad_gates"] = torch.zeros(directions, steps, batch, width, dtype=torch.float64)
     found["grad_recurrent"] = torch.zeros_like(found["grad_gates"])
     if cell == "lstm":
         found["c_n"] = torch.zeros_like(found["h_n"])
-    upstream = numbers("grad_output").reshape(steps, batch, directions, units)
+    upstream = padded(numbers("grad_output"), directions, units)
     for d in range(directions):
-        inputs = torch.from_numpy(a["gates"]).double()[d, :, :width].reshape(steps, batch, width)
+        inputs = padded(torch.from_numpy(a["gates"]).double()[d, :, :width], width)
         weights = numbers("w_hh")[d]
         for n in range(batch):
             length = int(lengths[n])
@@ -92,9 +108,9 @@ def expected(case):
                 gradients = torch.autograd.grad(loss, [tensor for _, x, h in visited for tensor in (x, h)])
                 for (t, _, _), of_x, of_h in zip(visited, gradients[::2], gradients[1::2], strict=True):
                     found["grad_gates"][d, t, n], found["grad_recurrent"][d, t, n] = of_x, of_h
-    found["output"] = output.reshape(steps * batch, directions * units)
+    found["output"] = output[exists].reshape(-1, directions * units)
     for name in ("grad_gates", "grad_recurrent"):
-        found[name] = found[name].reshape(directions, steps * batch, width)
+        found[name] = found[name][:, exists]
     if cell == "lstm":
         del found["grad_recurrent"]
     return {name: tensor.numpy() for name, tensor in found.items()}
@@ -114,6 +130,8 @@ LAYERS = [
     layer_case("gru", steps=3, cluster=2, exchange=CLUSTER_BARRIER),
     layer_case("lstm", steps=3, batch=9, units=30, cluster=4, lengths=[3, 1, 2, 3, 0, 3, 2, 1, 3]),
     layer_case("lstm", units=64),  # backward, a warp of each block has nothing for its own
+    layer_case("lstm", cluster=4, directions=2),  # a block without units
+    layer_case("gru", steps=4, batch=9, directions=2, lengths=[4, 4, 3, 3, 3, 1, 1, 1, 1], packed=True),
 ]
 
 # A line of a kernel, what takes its place, and a case in which that shows.
@@ -123,6 +141,8 @@ FAULTS = {
     "one buffer of h": ("persistent_forward.cuh", "T* const next = h + (s + 1) % 2 *", "T* const next = h + s % 2 *", 0),  # noqa: E501
     "one inbox": ("persistent_backward.cuh", "float* const place = inbox + (s + 1) % 2 *", "float* const place = inbox + s % 2 *", 0),  # noqa: E501
     "one operand": ("persistent_backward.cuh", "T* const own_gates = operand + s % 2 *", "T* const own_gates = operand + 0 *", 5),  # noqa: E501
+    "a block without units sends": ("persistent_backward.cuh", "warp < plan.warps && rank < owners;", "warp < plan.warps;", 6),  # noqa: E501
+    "a packed row has no end": ("persistent_forward.cuh", "if (!valid && slice_.packed()) return;", "", 7),
     "no block barrier": ("persistent_backward.cuh", "gpu::syncthreads();", "", 0),
     "blocks do not begin together": ("persistent.cuh", "gpu::cluster_sync();", "gpu::syncthreads();", 0),
     "no barrier of one block": ("persistent.cuh", "void wait(int64_t s) const {\n    if (exchange_ == Exchange::kBlock) {\n      gpu::syncthreads();", "void wait(int64_t s) const {\n    if (exchange_ == Exchange::kBlock) {", 2),  # noqa: E501

@@ -25,9 +25,10 @@ class Place:
     def __init__(self, device, calls):
         self.device, self.calls = device, calls
         self.before = emulation.library().launches() if calls is not None else 0
+        self.launches = 2
 
     def launches_per_call(self):
-        """Packing and scan, whatever the number of steps."""
+        """Packing of the weights and scan, whatever the number of steps; of a packed batch its layout too."""
         return (emulation.library().launches() - self.before) / len(self.calls)
 
 
@@ -45,7 +46,7 @@ def place(request, monkeypatch):
         here = Place("cpu", calls)
         yield here
         assert calls
-        assert here.launches_per_call() == 2
+        assert here.launches_per_call() == here.launches
 
 
 def cases(**changes):
@@ -59,6 +60,25 @@ def swapped(**changes):
 
 @parametrize(table(DTYPES, KINDS, ("time_major", "batch_first"))[::11])
 def test_against_torch(case, place):
+    compare(case, "one thread", place.device)
+
+
+# Each step has rows of its own, one after another. The second direction begins at each row's end, and a slice of the
+# batch ends before the others.
+@parametrize(
+    table(DTYPES, KINDS, ("sorted", "unsorted"))[::11]
+    + swapped(layout="sorted", steps=5, batch=11, inputs=3, hidden=20, num_layers=2, bidirectional=True)
+    + swapped(layout="unsorted", steps=17, batch=19, inputs=3, hidden=130, bidirectional=True, hx=False)
+)
+def test_packed(case, place):
+    place.launches = 3
+    compare(case, "one thread", place.device)
+
+
+@parametrize([Case("lstm", layout="sorted", steps=600, batch=3, hidden=5, dtype=torch.bfloat16, bidirectional=True)])
+def test_packed_with_many_steps(case, place):
+    """More numbers than the arguments of one kernel hold."""
+    place.launches = 4
     compare(case, "one thread", place.device)
 
 
@@ -82,16 +102,53 @@ def plans(case, backward, device):
     return fastrnn._C.cuda_plans(*shape, training=True, backward=backward, device=device)[:-1]
 
 
-# Clusters of 1 to 16 blocks, both exchanges, every tile: the K-th plan forward and the K-th backward.
-@pytest.mark.parametrize("index", [pytest.param(k, marks=[pytest.mark.slow] if k % 4 else []) for k in range(24)])
+@pytest.fixture
+def take(place, monkeypatch):
+    """Makes a call take the one plan forward and the other backward: they are rows of a table of tuned plans."""
+    emulated = place.device == "cpu"
+    device = "h200" if emulated else "cuda"
+    library = emulation.library() if emulated else fastrnn._C
+
+    def choose(case, forward, backward):
+        known, numbers = fastrnn._C.cuda_device(device), f"{case.batch},{case.hidden},{case.directions}"
+        rows = [fastrnn._C.TUNED_HEADER]
+        for scan, plan in (("training", forward), ("backward", backward)):
+            choice = ",".join(str(plan[name]) for name in ("tier", "exchange", "cluster", "rows", "row_tiles"))
+            key = f"{known['capability']},{known['multiprocessors']},{case.kind},2,{scan}"
+            rows.append(f"{key},{numbers},{choice}")
+        library.set_tuned_plans("\n".join(rows))
+        monkeypatch.setenv("FASTRNN_CUDA_PLAN", "auto")
+
+    choose.device = device
+    yield choose
+    library.set_tuned_plans("")
+
+
+# Clusters of 1 to 16 blocks, some without units, both exchanges, every tile: the K-th plan forward, and the K-th
+# backward.
+PLANS = 36
+
+
+@pytest.mark.parametrize("index", [pytest.param(k, marks=[pytest.mark.slow] if k % 4 else []) for k in range(PLANS)])
 @parametrize([Case("lstm", steps=4, batch=9, hidden=130), Case("gru", steps=3, batch=17, hidden=136)])
-def test_every_plan(case, index, place, monkeypatch):
+def test_every_plan(case, index, place, take):
     case = replace(case, dtype=DTYPES[index % 2])
-    device = "cuda" if place.device == "cuda" else "h200"
-    counts = [len(plans(case, backward, device)) for backward in (False, True)]
-    assert max(counts) <= 24
-    monkeypatch.setenv("FASTRNN_CUDA_PLAN", f"persistent:{min(index, min(counts) - 1)}")
+    listed = [plans(case, backward, take.device) for backward in (False, True)]
+    assert max(map(len, listed)) <= PLANS
+    take(case, *(some[index % len(some)] for some in listed))
     compare(case, "one thread", place.device)
+
+
+@pytest.mark.slow
+def test_every_backward_plan_of_an_rnn(place, take):
+    """It has tiles that other cells have not."""
+    case = Case("rnn_tanh", steps=3, batch=17, hidden=136, dtype=torch.float16)
+    forward, *_ = plans(case, False, take.device)
+    listed = plans(case, True, take.device)
+    assert {(plan["rows"], plan["row_tiles"]) for plan in listed} >= {(8, 8), (16, 8)}
+    for plan in listed:
+        take(case, forward, plan)
+        compare(case, "one thread", place.device)
 
 
 # Tiles and clusters as they are meant to be used; steps enough for both buffers and both phases of their barriers.
@@ -102,6 +159,10 @@ def test_every_plan(case, index, place, monkeypatch):
         Case("lstm", steps=3, batch=17, inputs=3, hidden=512, dtype=torch.float16),
         Case("gru", steps=3, batch=8, inputs=3, hidden=500, dtype=torch.bfloat16),
         Case("rnn_tanh", steps=5, batch=33, inputs=3, hidden=768, dtype=torch.float16),
+        Case("lstm", steps=3, batch=9, inputs=3, hidden=768, dtype=torch.bfloat16),
+        Case("gru", steps=4, batch=3, inputs=3, hidden=765, dtype=torch.float16),
+        Case("lstm", steps=3, batch=1, inputs=3, hidden=521, dtype=torch.float16, bidirectional=True),
+        Case("gru", steps=3, batch=59, inputs=3, hidden=639, dtype=torch.bfloat16),  # 16 rows of the batch
     ]
 )
 def test_real_sizes(case, place):
@@ -164,7 +225,6 @@ def test_nan_of_a_row_stays_in_it(case, place):
 @parametrize(
     [
         Case("lstm", hidden=20),
-        Case("lstm", hidden=20, layout="sorted", dtype=torch.bfloat16),
         Case("lstm_proj", hidden=20, dtype=torch.bfloat16),
         Case("lstm", steps=5, hidden=1030, dtype=torch.bfloat16),
     ]

@@ -9,7 +9,6 @@
 namespace fastrnn {
 namespace {
 
-constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 constexpr int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // Clocks and rates of one multiprocessor that the model counts with. From documentation and published microbenchmarks,
@@ -41,12 +40,12 @@ int64_t shared_bytes_of(const CudaPlan& plan, const CudaProblem& p) {
   const int64_t weights = int64_t{plan.warps} * plan.row_tiles * plan.shared_steps * kFragmentBytes;
   const int64_t operand = plan.depth * columns * p.element_size;
   int64_t exchanged = 2 * operand;
-  if (p.backward) exchanged += (2 * int64_t{plan.cluster} + 1) * plan.units * columns * 4;
+  if (p.backward) exchanged += (2 * int64_t{plan.owners} + 1) * plan.units * columns * 4;
   return exchanged + weights + 16;
 }
 
 double predicted_step(const CudaPlan& plan, const CudaProblem& p, const CudaDevice& device) {
-  const double columns = kMatrixColumns * plan.batch_groups, cluster = plan.cluster;
+  const double columns = kMatrixColumns * plan.batch_groups, owners = plan.owners;
   const double steps = plan.register_steps + plan.shared_steps, used = plan.depth / 16.0;
   const double turns = std::ceil(plan.warps / 4.0);
   const double matrix = turns * used * plan.row_tiles * plan.batch_groups * kMatrixClocks;
@@ -56,8 +55,8 @@ double predicted_step(const CudaPlan& plan, const CudaProblem& p, const CudaDevi
   const double cell = plan.units * columns * kSpecialsOfCell * p.gates / kSpecialPerClock + kCellLatency;
   double exchange = kBlockBarrier;
   if (plan.cluster > 1) {
-    const double arriving = p.backward ? (cluster - 1) * plan.units * columns * 4
-                                       : (cluster - 1) / cluster * static_cast<double>(p.units) * columns * 2;
+    const double arriving = p.backward ? (owners - 1) * plan.units * columns * 4
+                                       : (owners - 1) / owners * static_cast<double>(p.units) * columns * 2;
     exchange = arriving / kRemoteBytesPerClock + kRemoteLatency;
     if (plan.exchange == Exchange::kClusterBarrier) exchange += kClusterBarrier;
     if (p.backward) exchange += kBlockBarrier;
@@ -101,11 +100,12 @@ CudaPlan try_plan(const CudaProblem& p, const CudaDevice& device, int cluster, i
     plan.units = static_cast<int>(warps) * octets * 8;
     depth = p.units;
   }
-  if (int64_t{plan.units} * (cluster - 1) >= p.units) return {};  // a block without units: a smaller cluster does
-  plan.depth = static_cast<int>(round_up(depth, 16 * kStepsAtOnce));
-  const int steps = plan.depth / 16;
+  plan.owners = static_cast<int>(divide_up(p.units, plan.units));
+  if (cluster > 1 && plan.owners <= cluster / 2) return {};  // a smaller cluster does
   plan.register_steps = p.backward ? backward_register_steps(row_tiles, groups)
                                    : forward_register_steps(p.gates, p.separate, p.saved, octets, groups);
+  const int steps = product_steps(depth, plan.register_steps);
+  plan.depth = 16 * steps;
   plan.shared_steps = std::max(0, steps - plan.register_steps);
   plan.shared_bytes = shared_bytes_of(plan, p);
   plan.clusters = p.directions * divide_up(p.batch, int64_t{kMatrixColumns} * groups);
@@ -133,8 +133,8 @@ CudaDevice cuda_device(const std::string& name) {
 
 std::vector<CudaPlan> persistent_plans(const CudaProblem& p, const CudaDevice& device) {
   std::vector<CudaPlan> plans;
-  // fp32 products have no tensor cores that keep their precision; packed rows and projections come later
-  if (p.element_size != 2 || p.projected || p.packed || p.batch < 1 || p.units < 1 || p.steps < 1) return plans;
+  // fp32 products have no tensor cores that keep their precision; projections come later
+  if (p.element_size != 2 || p.projected || p.batch < 1 || p.units < 1 || p.steps < 1) return plans;
   if (device.capability < 80) return plans;
   const auto add = [&](int cluster, int octets, int row_tiles, int groups) {
     const Exchange only = Exchange::kBlock;
@@ -146,9 +146,10 @@ std::vector<CudaPlan> persistent_plans(const CudaProblem& p, const CudaDevice& d
   };
   for (int cluster = 1; cluster <= 16; cluster *= 2) {
     for (int groups = 1; groups <= 2; ++groups) {
-      if (p.backward && groups == 2) continue;  // not compiled: 16 rows of the batch double what blocks send each other
       if (p.backward) {
-        for (int row_tiles = 2; row_tiles <= 8; row_tiles *= 2) add(cluster, 0, row_tiles, groups);
+        for (int tiles = least_backward_tiles(groups); tiles <= most_backward_tiles(p.gates); tiles += 2) {
+          add(cluster, 0, tiles, groups);
+        }
       } else {
         const int narrow = narrow_octets(p.gates);
         for (int octets = narrow; octets <= (groups == 1 ? widest_octets(p.gates) : narrow); octets *= 2) {

@@ -33,7 +33,6 @@ struct CudaProblem {
   int directions = 1;  // D
   int element_size = 2;  // bytes
   bool projected = false;
-  bool packed = false;
   bool training = false;  // forward: the reserve is stored
   bool backward = false;
 };
@@ -54,6 +53,7 @@ struct CudaPlan {
   Tier tier = Tier::kStepwise;
   Exchange exchange = Exchange::kBlock;
   int cluster = 1;  // blocks
+  int owners = 1;  // of these, from the first on, that have units; the others only come to the cluster's barriers
   int threads = 0;  // of a block
   int warps = 0;  // of a block, that have products
   int row_tiles = 0;  // of 16 rows of weights, a warp's
@@ -79,7 +79,7 @@ struct CudaPlan {
 
 constexpr int kPersistentWarps = 8;  // at most: 255 registers a thread, one block a multiprocessor
 constexpr int kElementsOfThread = 4;  // backward: units times rows of the batch of a block, over its threads
-constexpr int kStepsAtOnce = 4;  // k-steps of 16 between two tests for the end of a product
+constexpr int kStepsAtOnce = 4;  // k-steps of 16 between two tests for the end of a product, weights in registers
 constexpr int kMatrixRows = 16;  // of an mma
 constexpr int kMatrixColumns = 8;  // of an mma: rows of the batch
 constexpr int kFragmentBytes = 512;  // of weights: 16 rows, 16 columns
@@ -94,16 +94,27 @@ constexpr int widest_octets(int gates) {
 }
 // An mma waits for the one before it that has the same sums: few tiles get two sets.
 constexpr int chains_of(int row_tiles, int batch_groups) { return row_tiles * batch_groups < 4 ? 2 : 1; }
+// Backward, 2, 4 or 6 row tiles a warp, 8 warps, have all units of what a cluster of 16 holds of a cell with several gates.
+constexpr int most_backward_tiles(int gates) { return gates > 1 ? 6 : 8; }
+// 16 rows of the batch pay for wide layers only.
+constexpr int least_backward_tiles(int batch_groups) { return 2 * batch_groups; }
 // k-steps whose fragments stay in registers: what is left of 255 by sums, operands, addresses and the cells of a lane.
 // nvcc says whether it is so (tests/test_cuda_compile.py): a spilled register is an error there.
 constexpr int register_steps_of(int row_tiles, int batch_groups, int of_cells) {
   constexpr int kAddresses = 72;
   const int sums = 4 * chains_of(row_tiles, batch_groups) * row_tiles * batch_groups;
-  return (255 - kAddresses - sums - 8 * batch_groups - of_cells) / (4 * row_tiles) / 2 * 2;
+  return (255 - kAddresses - sums - 8 * batch_groups - of_cells) / (4 * row_tiles);
+}
+// k-steps of a product of `columns` numbers, zeros included: reads come in pairs, and where registers hold the weights
+// kStepsAtOnce together.
+constexpr int product_steps(int64_t columns, int register_steps) {
+  const int pairs = static_cast<int>((columns + 31) / 32) * 2;
+  return pairs >= register_steps ? pairs : (pairs + kStepsAtOnce - 1) / kStepsAtOnce * kStepsAtOnce;
 }
 constexpr int forward_register_steps(int gates, int separate, int saved, int octets, int batch_groups) {
   const int of_cells = octets * (2 * batch_groups * (saved + 4) + gates + separate);
-  return register_steps_of(row_tiles_of(gates, octets), batch_groups, of_cells);
+  const int steps = register_steps_of(row_tiles_of(gates, octets), batch_groups, of_cells);
+  return steps / 2 * 2;  // with one more, an LSTM of 16 units a warp spills
 }
 // Cells and products take turns: nothing of a cell is in registers while sums are.
 constexpr int backward_register_steps(int row_tiles, int batch_groups) {

@@ -18,6 +18,51 @@ struct PersistentParams {
   CudaPlan plan;
   const uint4* packed;  // [D, cluster, warps, steps, row_tiles, 32 lanes]
   int64_t step_stride;
+  const int64_t* offset;
+};
+
+// The rows of the batch that a thread has, its columns, and where they lie.
+template <class Step>
+class Slice {
+ public:
+  GPU_FN Slice(const PersistentParams<Step>& params, int first)
+      : p_(params), d_(static_cast<int>(blockIdx.y)), first_(first) {}
+
+  GPU_FN int direction() const { return d_; }
+  GPU_FN int n(int column) const { return first_ + column; }
+  // Valid steps; -1 beyond the batch.
+  GPU_FN int length(int column) const {
+    const StepTable& table = p_.step.table;
+    if (n(column) >= table.batch) return -1;
+    const int64_t length = table.lengths == nullptr ? table.steps : table.lengths[n(column)];
+    return static_cast<int>(length < table.steps ? length : table.steps);
+  }
+  // Steps that some row of the batch from the column on visits, padding included.
+  GPU_FN int64_t steps(int column) const { return packed() ? length(column) : p_.step.table.steps; }
+  // Has it no rows beyond the lengths?
+  GPU_FN bool packed() const { return p_.offset != nullptr; }
+  GPU_FN Sequence sequence(int column, int length) const {
+    const StepTable& table = p_.step.table;
+    return {length, table.reset == nullptr ? nullptr : table.reset + n(column) * table.reset_batch_stride,
+            table.reset_step_stride};
+  }
+  // Of a tensor [D, rows, *], the row of a step that there is.
+  GPU_FN int64_t row(int64_t t, int column) const {
+    const int64_t first = packed() ? gpu::load_readonly(p_.offset + t) : t * p_.step_stride;
+    return d_ * p_.step.table.total + first + n(column) * p_.step.table.batch_stride;
+  }
+  // Of a tensor [rows, D, H], at such a row.
+  GPU_FN int64_t of_rows(int64_t row, int unit) const {
+    return ((row - d_ * p_.step.table.total) * p_.step.table.directions + d_) * p_.step.units + unit;
+  }
+  // Of a tensor [D, N, H].
+  GPU_FN int64_t of_batch(int column, int unit) const {
+    return (d_ * p_.step.table.batch + n(column)) * p_.step.units + unit;
+  }
+
+ private:
+  const PersistentParams<Step>& p_;
+  int d_, first_;
 };
 
 // The value type of the cells here: float32, with exp2 and reciprocal of the hardware (relative error about 2^-22) where
@@ -52,7 +97,7 @@ template <class T, int kTiles, int kGroups, int kRegisterSteps>
 class Product {
  public:
   using Sums = float[kTiles][kGroups][4];
-  static_assert(kRegisterSteps % 2 == 0 && kRegisterSteps > 0);
+  static_assert(kRegisterSteps > 0);
 
   // packed: this warp's [steps, kTiles, 32 lanes] fragments; shared: room for the steps beyond kRegisterSteps.
   GPU_FN void load(const uint4* packed, uint4* shared, int steps) {
@@ -71,7 +116,7 @@ class Product {
     }
   }
 
-  // operand: shared, [kGroups, depth, 8] of T; `used`: k-steps that are not all zeros, in multiples of kStepsAtOnce.
+  // operand: shared, [kGroups, depth, 8] of T; `used`: its k-steps, as product_steps counts them.
   GPU_FN void multiply(Sums& out, const T* operand, int depth, int used) const {
     float sums[kChains][kTiles][kGroups][4];
 #pragma unroll
@@ -81,7 +126,7 @@ class Product {
 #pragma unroll
     for (int first = 0; first < kRegisterSteps; first += kStepsAtOnce) {
       if (first < used) {
-        constexpr int kLast = kRegisterSteps % kStepsAtOnce;  // an even number too
+        constexpr int kLast = kRegisterSteps % kStepsAtOnce;
         uint32_t b[kStepsAtOnce][kGroups][2];
 #pragma unroll
         for (int s = 0; s < kStepsAtOnce; s += 2) {
@@ -90,23 +135,16 @@ class Product {
 #pragma unroll
         for (int s = 0; s < kStepsAtOnce; ++s) {
           if (kLast == 0 || first + s < kRegisterSteps) add(sums[s % kChains], registers_[first + s], b[s]);
+          if (kLast % 2 == 1 && first + s == kRegisterSteps) add_shared(sums[s % kChains], 0, b[s]);
         }
       }
     }
 #pragma unroll 1
-    for (int first = kRegisterSteps; first < used; first += 2) {
+    for (int first = kRegisterSteps + kRegisterSteps % 2; first < used; first += 2) {
       uint32_t b[2][kGroups][2];
       read(b[0], b[1], operand, depth, first);
 #pragma unroll
-      for (int s = 0; s < 2; ++s) {
-        uint32_t a[kTiles][4];
-#pragma unroll
-        for (int m = 0; m < kTiles; ++m) {
-          const uint4 v = shared_[((first + s - kRegisterSteps) * kTiles + m) * 32];
-          a[m][0] = v.x, a[m][1] = v.y, a[m][2] = v.z, a[m][3] = v.w;
-        }
-        add(sums[s % kChains], a, b[s]);
-      }
+      for (int s = 0; s < 2; ++s) add_shared(sums[s % kChains], first + s - kRegisterSteps, b[s]);
     }
 #pragma unroll
     for (int i = 0; i < kTiles * kGroups * 4; ++i) {
@@ -140,6 +178,17 @@ class Product {
     }
   }
 
+  // A k-step whose fragments are in shared memory, the i-th of those.
+  GPU_FN void add_shared(Sums& sums, int i, const uint32_t (&b)[kGroups][2]) const {
+    uint32_t a[kTiles][4];
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+      const uint4 v = shared_[(i * kTiles + m) * 32];
+      a[m][0] = v.x, a[m][1] = v.y, a[m][2] = v.z, a[m][3] = v.w;
+    }
+    add(sums, a, b);
+  }
+
   uint32_t registers_[kRegisterSteps][kTiles][4];
   uint4* shared_;
 };
@@ -147,8 +196,9 @@ class Product {
 // The end of a step, by the thread of a block: everybody's part of the next step's operand is there.
 class Turn {
  public:
-  // bars: [2] in shared memory.
-  GPU_FN Turn(const CudaPlan& plan, uint64_t* bars) : exchange_(plan.exchange), bars_(bars) {
+  // rank: of the block in its cluster; bars: [2] in shared memory.
+  GPU_FN Turn(const CudaPlan& plan, int rank, uint64_t* bars)
+      : exchange_(plan.exchange), owner_(rank < plan.owners), bars_(bars) {
     if (exchange_ == Exchange::kAsync && threadIdx.x == 0) {
       gpu::mbarrier_init(bars, 1);
       gpu::mbarrier_init(bars + 1, 1);
@@ -164,7 +214,7 @@ class Turn {
   }
   // What comes for step s will have so many bytes.
   GPU_FN void expect(int64_t s, unsigned bytes) const {
-    if (exchange_ == Exchange::kAsync && threadIdx.x == 0) gpu::mbarrier_arrive_expect(bar(s), bytes);
+    if (exchange_ == Exchange::kAsync && owner_ && threadIdx.x == 0) gpu::mbarrier_arrive_expect(bar(s), bytes);
   }
   // Before and after what does not depend on the others.
   GPU_FN void arrive() const {
@@ -174,7 +224,7 @@ class Turn {
     if (exchange_ == Exchange::kBlock) {
       gpu::syncthreads();
     } else if (exchange_ == Exchange::kAsync) {
-      gpu::mbarrier_wait(bar(s), static_cast<unsigned>((s - 1) / 2 % 2));
+      if (owner_) gpu::mbarrier_wait(bar(s), static_cast<unsigned>((s - 1) / 2 % 2));
     } else {
       gpu::cluster_wait();
     }
@@ -195,6 +245,7 @@ class Turn {
   // Steps 1, 3, 5... have the second, 2, 4, 6... the first.
   GPU_FN uint64_t* bar(int64_t s) const { return bars_ + s % 2; }
   Exchange exchange_;
+  bool owner_;  // to a block without units nobody sends
   uint64_t* bars_;
 };
 

@@ -12,7 +12,14 @@ struct PersistentScan {
   const void* weights[2] = {};  // T [G*H, H] of each direction
   void* packed = nullptr;  // plan.fragments(D) times 16 bytes, aligned to 16: the weights as the tensor cores read them
   int64_t step_stride = 0;  // the row of (t, n) is t * step_stride + n * batch_stride
+  // [T] on the device, of a packed batch, else null: the row of (t, n) is offset[t] + n * batch_stride. There is none beyond
+  // the row's length, which the table has; and the first row of the batch is the longest, as in every slice of it.
+  const int64_t* offset = nullptr;
 };
+
+// Writes `count` numbers of the host to the device's memory. They travel as arguments of kernels: nothing waits, and a
+// graph has them in itself.
+void copy_numbers(const int64_t* from, int64_t count, int64_t* to, void* stream);
 
 // Whether the device runs such a launch at all: it is asked, since what a cluster finds free depends on more than its
 // numbers (MIG, other contexts). For Tier::kBlock true.

@@ -1,30 +1,23 @@
-// The backward scan's instantiations for every cell, 16-bit type and tile.
+// The backward scan's instantiations for every cell, 16-bit type and tile, 8 rows of the batch a cluster.
 #include "persistent_backward.cuh"
-#include "persistent_launch.cuh"
 
 namespace fastrnn {
 namespace {
 
-struct Kernels {
-  using Kernel = void (*)(PersistentBackward);
-
-  template <class Cell, class T>
-  static Kernel of(const CudaPlan& plan) {
-    return plan.row_tiles == 2   ? persistent_backward_kernel<Cell, T, 2, 1>
-           : plan.row_tiles == 4 ? persistent_backward_kernel<Cell, T, 4, 1>
-                                 : persistent_backward_kernel<Cell, T, 8, 1>;
-  }
-};
+PersistentKernel<StepBackward> kernel_of(CellKind kind, Storage storage, const CudaPlan& plan) {
+  return plan.batch_groups == 1 ? choose_kernel<BackwardKernels<1>>(kind, storage, plan)
+                                : backward_kernel_of_16_rows(kind, storage, plan);
+}
 
 }  // namespace
 
 bool can_run_backward(CellKind kind, Storage storage, const CudaPlan& plan) {
-  return can_run(choose_kernel<Kernels>(kind, storage, plan), plan);
+  return can_run(kernel_of(kind, storage, plan), plan);
 }
 
 void persistent_backward(CellKind kind, Storage storage, const StepBackward& params, const PersistentScan& scan,
                          void* stream) {
-  run_scan(choose_kernel<Kernels>(kind, storage, scan.plan), traits(kind).gates, params, scan, stream);
+  run_scan(kernel_of(kind, storage, scan.plan), traits(kind).gates, params, scan, stream);
 }
 
 }  // namespace fastrnn

@@ -8,9 +8,10 @@
 // Parts arrive in two inboxes by turns. A block sends parts of step s + 2 only when it has all of step s + 1, which every
 // other block sent after all its threads had read the inbox of step s. The operand of the products is there twice too:
 // what has arrived says nothing of a warp of the own block whose parts all go to others, and which may still multiply.
+// A block without units waits for nothing, so it may be steps ahead: it sends nothing, and nothing is sent to it.
 #pragma once
 
-#include "persistent.cuh"
+#include "persistent_launch.cuh"
 
 namespace fastrnn {
 
@@ -30,48 +31,45 @@ class BackwardThread {
   GPU_FN BackwardThread(const PersistentBackward& params, int rank, float* carry)
       : p_(params.step),
         plan_(params.plan),
-        step_stride_(params.step_stride),
-        d_(static_cast<int>(blockIdx.y)),
+        slice_(params, static_cast<int>(blockIdx.x) / params.plan.cluster * kMatrixColumns * kGroups),
         first_unit_(rank * params.plan.units),
         carry_(carry) {
-    first_row_ = static_cast<int>(blockIdx.x) / plan_.cluster * kMatrixColumns * kGroups;
     each([&](int i, int u, int column) {
       carry_[column * plan_.units + u] = 0.f;
-      length_[i] = -1;
-      const int64_t steps = p_.table.steps;
-      if (n(column) < p_.table.batch && unit(u) < p_.units) {
-        const int64_t length = p_.table.lengths == nullptr ? steps : p_.table.lengths[n(column)];
-        length_[i] = static_cast<int>(length < steps ? length : steps);
-      }
+      length_[i] = unit(u) < p_.units ? slice_.length(column) : -1;
     });
   }
 
+  GPU_FN int64_t steps() const { return slice_.steps(0); }
+
   // What step t reads of the device's memory; what the step after it reads begins its way to L2.
   GPU_FN void load(int64_t t) {
-    const bool reverse = d_ == 1;
+    const bool reverse = slice_.direction() == 1;
     const int64_t ahead = reverse ? t + 1 : t - 1;
     each([&](int i, int u, int column) {
       if (u % 8 == 0 && ahead >= 0 && ahead < length_[i]) {  // 8 numbers are a sector
-        const int64_t row = gates_row(ahead, column);
+        const int64_t row = slice_.row(ahead, column);
         const float* from = static_cast<const float*>(p_.reserve) + row * p_.reserve_stride + unit(u);
 #pragma unroll
         for (int k = 0; k < kSaved; ++k) gpu::prefetch_l2(from + k * p_.units);
-        if (p_.grad_output != nullptr) gpu::prefetch_l2(static_cast<const T*>(p_.grad_output) + of_rows(row, u));
+        if (p_.grad_output != nullptr)
+          gpu::prefetch_l2(static_cast<const T*>(p_.grad_output) + slice_.of_rows(row, unit(u)));
       }
       if (t >= length_[i]) return;
-      const int64_t row = gates_row(t, column), before = gates_row(reverse ? t + 1 : t - 1, column);
-      const Sequence s = sequence(i, column);
+      const Sequence s = slice_.sequence(column, length_[i]);
       const bool last = s.last(t, reverse), flows = s.flows(t, reverse), enters = s.enters(t, reverse);
+      const int64_t row = slice_.row(t, column), before = flows ? slice_.row(reverse ? t + 1 : t - 1, column) : 0;
+      const int64_t of_rows = slice_.of_rows(row, unit(u)), of_batch = slice_.of_batch(column, unit(u));
       const float* reserve = static_cast<const float*>(p_.reserve) + unit(u);
 #pragma unroll
       for (int k = 0; k < kSaved; ++k) saved_[i][k] = reserve[row * p_.reserve_stride + k * p_.units];
-      grad_h_[i] = value(p_.grad_output, of_rows(row, u)) + (last ? value(p_.grad_h_n, of_batch(column, u)) : 0.f);
+      grad_h_[i] = value(p_.grad_output, of_rows) + (last ? value(p_.grad_h_n, of_batch) : 0.f);
       h_before_[i] = 0.f;
       if (kState == ElementState::kHidden || p_.previous != nullptr) {
         if (flows) {
-          h_before_[i] = value(p_.output, of_rows(before, u));
+          h_before_[i] = value(p_.output, slice_.of_rows(before, unit(u)));
         } else if (enters) {
-          h_before_[i] = value(p_.h0, of_batch(column, u));
+          h_before_[i] = value(p_.h0, of_batch);
         }
       }
       if constexpr (kState == ElementState::kCell) {
@@ -79,27 +77,27 @@ class BackwardThread {
         if (flows) {
           c_before_[i] = reserve[before * p_.reserve_stride + (kSaved - 1) * p_.units];
         } else if (enters) {
-          c_before_[i] = value(p_.c0, of_batch(column, u));
+          c_before_[i] = value(p_.c0, of_batch);
         }
-        grad_c_[i] = value(p_.grad_cells, of_rows(row, u)) + (last ? value(p_.grad_c_n, of_batch(column, u)) : 0.f);
+        grad_c_[i] = value(p_.grad_cells, of_rows) + (last ? value(p_.grad_c_n, of_batch) : 0.f);
       }
     });
   }
 
-  // Step t. inbox: shared [cluster, kGroups, units, 8], the parts of dh_t, or null; operand: shared [kGroups, depth, 8] out.
+  // Step t. inbox: shared [owners, kGroups, units, 8], the parts of dh_t, or null; operand: shared [kGroups, depth, 8] out.
   GPU_FN void compute(int64_t t, const float* inbox, T* operand) {
-    const bool reverse = d_ == 1;
+    const bool reverse = slice_.direction() == 1;
     const int units = plan_.units, depth = plan_.depth;
     each([&](int i, int u, int column) {
       T* const to = operand + (column / 8 * depth + u) * 8 + column % 8;
-      const int64_t row = gates_row(t, column), width = kGates * p_.units;
       float& carried = carry_[column * units + u];
       if (t >= length_[i]) {
 #pragma unroll
         for (int g = 0; g < kGates; ++g) to[g * units * 8] = gpu::from_float<T>(0.f);
-        if (length_[i] < 0) return;
+        if (length_[i] < 0 || slice_.packed()) return;
         // a row without steps hands its initial state through
-        if (kState == ElementState::kCell && t == 0) carried = value(p_.grad_c_n, of_batch(column, u));
+        if (kState == ElementState::kCell && t == 0) carried = value(p_.grad_c_n, slice_.of_batch(column, unit(u)));
+        const int64_t row = slice_.row(t, column), width = kGates * p_.units;
         if (p_.previous != nullptr) static_cast<T*>(p_.previous)[row * p_.units + unit(u)] = gpu::from_float<T>(0.f);
 #pragma unroll
         for (int g = 0; g < kGates; ++g) {
@@ -109,7 +107,8 @@ class BackwardThread {
         }
         return;
       }
-      const Sequence s = sequence(i, column);
+      const int64_t row = slice_.row(t, column), width = kGates * p_.units;
+      const Sequence s = slice_.sequence(column, length_[i]);
       const bool flows = s.flows(t, reverse), enters = s.enters(t, reverse);
       const bool on = !s.last(t, reverse) && s.flows(reverse ? t - 1 : t + 1, reverse);
       Fast saved[kSaved], grad_gate[kGates + kSeparate], previous(0.f), carry(0.f);
@@ -118,7 +117,7 @@ class BackwardThread {
       float grad_h = grad_h_[i];
       if (on && inbox != nullptr) {
         float sum = 0.f;
-        for (int r = 0; r < plan_.cluster; ++r) {
+        for (int r = 0; r < plan_.owners; ++r) {
           sum += inbox[((r * kGroups + column / 8) * units + u) * 8 + column % 8];
         }
         grad_h += sum;
@@ -142,8 +141,7 @@ class BackwardThread {
         static_cast<T*>(p_.grad_gates)[at] = gpu::from_float<T>(grad_gate[g].value);
         if (p_.grad_recurrent != nullptr) static_cast<T*>(p_.grad_recurrent)[at] = recurrent;
         if (p_.grad_first != nullptr && enters) {
-          static_cast<T*>(
-              p_.grad_first)[(d_ * p_.table.batch + n(column)) * width + g * p_.units + unit(u)] = recurrent;
+          static_cast<T*>(p_.grad_first)[slice_.of_batch(column, 0) * kGates + g * p_.units + unit(u)] = recurrent;
         }
       }
     });
@@ -153,7 +151,8 @@ class BackwardThread {
   GPU_FN void store_carry() const {
     if (kState == ElementState::kNone) return;
     each([&](int i, int u, int column) {
-      if (length_[i] >= 0) static_cast<float*>(p_.carry)[of_batch(column, u)] = carry_[column * plan_.units + u];
+      if (length_[i] >= 0)
+        static_cast<float*>(p_.carry)[slice_.of_batch(column, unit(u))] = carry_[column * plan_.units + u];
     });
   }
 
@@ -169,28 +168,14 @@ class BackwardThread {
     }
   }
   GPU_FN int unit(int u) const { return first_unit_ + u; }
-  GPU_FN int n(int column) const { return first_row_ + column; }
-  GPU_FN int64_t of_batch(int column, int u) const { return (d_ * p_.table.batch + n(column)) * p_.units + unit(u); }
-  GPU_FN int64_t of_rows(int64_t row, int u) const {
-    return ((row - d_ * p_.table.total) * p_.table.directions + d_) * p_.units + unit(u);
-  }
-  GPU_FN int64_t gates_row(int64_t t, int column) const {
-    return d_ * p_.table.total + t * step_stride_ + n(column) * p_.table.batch_stride;
-  }
-  GPU_FN Sequence sequence(int i, int column) const {
-    const StepTable& table = p_.table;
-    return {length_[i], table.reset == nullptr ? nullptr : table.reset + n(column) * table.reset_batch_stride,
-            table.reset_step_stride};
-  }
   static GPU_FN float value(const void* p, int64_t index) {
     return p == nullptr ? 0.f : gpu::to_float(static_cast<const T*>(p)[index]);
   }
 
   const StepBackward& p_;
   const CudaPlan& plan_;
-  const int64_t step_stride_;
-  const int d_, first_unit_;
-  int first_row_;
+  const Slice<StepBackward> slice_;
+  const int first_unit_;
   float* carry_;
   int length_[kMost];  // -1 beyond the batch and beyond the units
   float saved_[kMost][kSaved], grad_h_[kMost], h_before_[kMost], c_before_[kMost], grad_c_[kMost];
@@ -201,17 +186,17 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) persistent_backward_
   constexpr int kColumns = kMatrixColumns * kGroups, kRegisterSteps = kBackwardSteps<kTiles, kGroups>;
   DYN_SHARED(bytes);
   const CudaPlan& plan = p.plan;
-  const int depth = plan.depth, units = plan.units, cluster = plan.cluster;
+  const int depth = plan.depth, units = plan.units, cluster = plan.cluster, owners = plan.owners;
   const int rank = static_cast<int>(blockIdx.x) % cluster, d = static_cast<int>(blockIdx.y);
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int steps = plan.register_steps + plan.shared_steps, inbox_size = cluster * units * kColumns;
-  const bool multiplies = warp < plan.warps;  // the others only have elements
+  const int steps = plan.register_steps + plan.shared_steps, inbox_size = owners * units * kColumns;
+  const bool multiplies = warp < plan.warps && rank < owners;  // the others at most have elements
   T* const operand = reinterpret_cast<T*>(bytes);  // [2, kGroups, depth, 8]
-  float* const inbox = reinterpret_cast<float*>(operand + 2 * depth * kColumns);  // [2, cluster, kGroups, units, 8]
+  float* const inbox = reinterpret_cast<float*>(operand + 2 * depth * kColumns);  // [2, owners, kGroups, units, 8]
   float* const carry = inbox + 2 * inbox_size;  // [units * kColumns]
   uint4* const weights = reinterpret_cast<uint4*>(carry + units * kColumns);
   const int tiles = plan.warps * plan.shared_steps * kTiles;
-  const Turn turn(plan, reinterpret_cast<uint64_t*>(weights + tiles * 32));
+  const Turn turn(plan, rank, reinterpret_cast<uint64_t*>(weights + tiles * 32));
 
   const int from = 8 * Cell::kGates * units;  // zeros behind the gates of the block's units
   for (int i = static_cast<int>(threadIdx.x); i < 2 * kGroups * (depth * 8 - from); i += static_cast<int>(blockDim.x)) {
@@ -225,8 +210,8 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) persistent_backward_
                  weights + warp * plan.shared_steps * kTiles * 32, steps);
   }
   const int octets = static_cast<int>((p.step.units + 7) / 8), left = octets * 8 - rank * units;
-  const unsigned arriving = static_cast<unsigned>(cluster * (left < units ? left : units) * kColumns * sizeof(float));
-  const int64_t all = p.step.table.steps;
+  const unsigned arriving = static_cast<unsigned>(owners * (left < units ? left : units) * kColumns * sizeof(float));
+  const int64_t all = own.steps();
   own.load(d == 0 ? all - 1 : 0);
   turn.begin();
   for (int64_t s = 0; s < all; ++s) {
@@ -268,5 +253,22 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) persistent_backward_
   }
   own.store_carry();
 }
+
+// For choose_kernel: the tiles of that many groups of the batch.
+template <int kGroups>
+struct BackwardKernels {
+  using Kernel = PersistentKernel<StepBackward>;
+
+  template <class Cell, class T, int kTiles = least_backward_tiles(kGroups)>
+  static Kernel of(const CudaPlan& plan) {
+    if (plan.row_tiles == kTiles) return persistent_backward_kernel<Cell, T, kTiles, kGroups>;
+    if constexpr (kTiles < most_backward_tiles(Cell::kGates)) {
+      return of<Cell, T, kTiles + 2>(plan);
+    }
+    return nullptr;
+  }
+};
+
+PersistentKernel<StepBackward> backward_kernel_of_16_rows(CellKind kind, Storage storage, const CudaPlan& plan);
 
 }  // namespace fastrnn

@@ -11,8 +11,11 @@ namespace fastrnn {
 // The weights of all directions, in the order in which each warp reads its fragments.
 void pack_weights(const PersistentScan& scan, bool backward, int gates, int64_t units, int directions, void* stream);
 
-template <class P>
-bool can_run(void (*kernel)(P), const CudaPlan& plan) {
+template <class Step>
+using PersistentKernel = void (*)(PersistentParams<Step>);
+
+template <class Step>
+bool can_run(PersistentKernel<Step> kernel, const CudaPlan& plan) {
   if (plan.tier != Tier::kCluster) return plan.tier == Tier::kBlock;
   try {
     return gpu::max_active_clusters(static_cast<unsigned>(plan.cluster), kernel, dim3(plan.threads),
@@ -24,13 +27,13 @@ bool can_run(void (*kernel)(P), const CudaPlan& plan) {
 
 // One scan: its weights packed, then its launch.
 template <class Step>
-void run_scan(void (*kernel)(PersistentParams<Step>), int gates, const Step& step, const PersistentScan& scan,
-              void* stream) {
+void run_scan(PersistentKernel<Step> kernel, int gates, const Step& step, const PersistentScan& scan, void* stream) {
   constexpr bool kBackward = std::is_same_v<Step, StepBackward>;
   const CudaPlan& plan = scan.plan;
   const int directions = step.table.directions;
   pack_weights(scan, kBackward, gates, step.units, directions, stream);
-  const PersistentParams<Step> params{step, plan, static_cast<const uint4*>(scan.packed), scan.step_stride};
+  const PersistentParams<Step> params{step, plan, static_cast<const uint4*>(scan.packed), scan.step_stride,
+                                      scan.offset};
   const dim3 grid(static_cast<unsigned>(plan.blocks() / directions), static_cast<unsigned>(directions));
   gpu::launch_cluster(static_cast<unsigned>(plan.cluster), kernel, grid, dim3(plan.threads),
                       static_cast<size_t>(plan.shared_bytes), static_cast<cudaStream_t>(stream), params);

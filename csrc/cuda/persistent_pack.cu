@@ -1,5 +1,5 @@
 // The recurrent weights, packed for tensor cores: a fragment of 16 x 16 numbers is 32 lanes of 16 bytes, and a warp's
-// fragments follow each other in the order of its products.
+// fragments follow each other in the order of its products. And the layout of packed batches, on its way to the device.
 #include "persistent_launch.cuh"
 
 namespace fastrnn {
@@ -8,10 +8,10 @@ namespace {
 struct Packing {
   CudaPlan plan;
   const void* weights[2];  // 16-bit [G*H, H] of each direction
-  void* packed;            // uint4 [D, cluster, warps, steps, row_tiles, 32 lanes]
+  void* packed;  // uint4 [D, cluster, warps, steps, row_tiles, 32 lanes]
   bool backward;
   int gates;
-  int64_t units;      // H
+  int64_t units;  // H
   int64_t fragments;  // of all directions, lanes included
 };
 
@@ -52,6 +52,18 @@ __global__ void pack_weights_kernel(const Packing p) {
   }
 }
 
+constexpr int kNumbersAtOnce = 480;  // with the rest less than the 4 KiB that arguments of a kernel may have
+
+struct Numbers {
+  int64_t values[kNumbersAtOnce];
+  int64_t* to;
+  int count;
+};
+
+__global__ void copy_numbers_kernel(const Numbers p) {
+  for (int i = static_cast<int>(threadIdx.x); i < p.count; i += static_cast<int>(blockDim.x)) p.to[i] = p.values[i];
+}
+
 }  // namespace
 
 void pack_weights(const PersistentScan& scan, bool backward, int gates, int64_t units, int directions, void* stream) {
@@ -61,6 +73,16 @@ void pack_weights(const PersistentScan& scan, bool backward, int gates, int64_t 
   const Packing packing{scan.plan, {scan.weights[0], scan.weights[1]}, scan.packed, backward, gates, units, fragments};
   gpu::launch(pack_weights_kernel, dim3(static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks)),
               dim3(kThreads), 0, static_cast<cudaStream_t>(stream), packing);
+}
+
+void copy_numbers(const int64_t* from, int64_t count, int64_t* to, void* stream) {
+  constexpr int kThreads = 128;
+  for (int64_t first = 0; first < count; first += kNumbersAtOnce) {
+    const int64_t left = count - first;
+    Numbers numbers{{}, to + first, static_cast<int>(left < kNumbersAtOnce ? left : kNumbersAtOnce)};
+    memcpy(numbers.values, from + first, numbers.count * sizeof *from);
+    gpu::launch(copy_numbers_kernel, dim3(1), dim3(kThreads), 0, static_cast<cudaStream_t>(stream), numbers);
+  }
 }
 
 }  // namespace fastrnn

@@ -5,6 +5,8 @@
 
 #include <cstdlib>
 #include <string>
+#include <type_traits>
+#include <vector>
 
 #include "core/tuned_cuda.h"
 
@@ -18,23 +20,25 @@ std::string wish() {
   return variable == nullptr ? kDefaultWish : variable;
 }
 
-CudaPlan plan_of(CellKind kind, Storage storage, const CudaDevice& device, const StepTable& table, int64_t units,
-                 bool projected, bool packed, bool training, bool backward) {
+template <class Step>
+CudaPlan plan_of(CellKind kind, Storage storage, const CudaDevice& device, const Step& p) {
+  constexpr bool kBackward = std::is_same_v<Step, StepBackward>;
   const CellTraits& cell = traits(kind);
   const bool is_16_bit = storage == Storage::kHalf || storage == Storage::kBFloat16;
+  bool training = true;
+  if constexpr (!kBackward) training = p.save;
   const CudaProblem problem{
       .gates = cell.gates,
       .separate = cell.separate,
       .saved = cell.saved,
-      .steps = table.steps,
-      .batch = table.batch,
-      .units = units,
-      .directions = table.directions,
+      .steps = p.table.steps,
+      .batch = p.table.batch,
+      .units = p.units,
+      .directions = p.table.directions,
       .element_size = is_16_bit ? 2 : 4,
-      .projected = projected,
-      .packed = packed,
+      .projected = p.projected,
       .training = training,
-      .backward = backward,
+      .backward = kBackward,
   };
   return plan_cuda(problem, device, wish(), tuned_plans().get());
 }
@@ -47,37 +51,50 @@ bool falls_back(const CudaPlan& plan, bool can_run) {
   return !can_run;
 }
 
-// The scan's packed weights live in `memory`.
-PersistentScan scan_of(const CudaPlan& plan, const Layout& l, const Tensors& weights, int64_t step_stride,
-                       Tensor& memory) {
-  constexpr int64_t kFragmentLane = 16;  // bytes
+template <class Step>
+bool run(CellKind kind, Storage storage, const Gpu& gpu, const Layout& l, const Tensors& weights, Step p,
+         int64_t step_stride, const Rows* packed) {
+  constexpr bool kBackward = std::is_same_v<Step, StepBackward>;
   PersistentScan scan;
-  scan.plan = plan;
-  scan.step_stride = step_stride;
+  scan.plan = plan_of(kind, storage, gpu.device, p);
+  if (scan.plan.tier == Tier::kStepwise) return false;
+  const auto can_run = kBackward ? can_run_backward : can_run_forward;
+  if (falls_back(scan.plan, can_run(kind, storage, scan.plan))) return false;
+
   for (int d = 0; d < l.directions; ++d) scan.weights[d] = weights[l.w_hh(d)].const_data_ptr();
-  memory = at::empty({plan.fragments(l.directions) * kFragmentLane}, weights[0].options().dtype(at::kByte));
-  scan.packed = memory.mutable_data_ptr();
-  return scan;
+  scan.step_stride = step_stride;
+  const auto options = weights[0].options();
+  constexpr int64_t kFragmentLane = 16;  // bytes
+  const Tensor fragments = at::empty({scan.plan.fragments(l.directions) * kFragmentLane}, options.dtype(at::kByte));
+  scan.packed = fragments.mutable_data_ptr();
+  Tensor layout;  // [T + N] of a packed batch: where steps begin, and lengths
+  if (packed != nullptr) {
+    std::vector<int64_t> numbers(packed->offset, packed->offset + packed->steps);
+    numbers.insert(numbers.end(), packed->length, packed->length + packed->batch);
+    layout = at::empty({packed->steps + packed->batch}, options.dtype(at::kLong));
+    int64_t* const to = layout.mutable_data_ptr<int64_t>();
+    copy_numbers(numbers.data(), layout.numel(), to, gpu.stream);
+    scan.offset = to;
+    p.table.lengths = to + packed->steps;
+  }
+  if constexpr (kBackward) {
+    persistent_backward(kind, storage, p, scan, gpu.stream);
+  } else {
+    persistent_forward(kind, storage, p, scan, gpu.stream);
+  }
+  return true;
 }
 
 }  // namespace
 
-bool run_persistent(CellKind kind, Storage storage, const Gpu& gpu, const Layout& l, bool packed,
-                    const Tensors& weights, const StepForward& p, int64_t step_stride) {
-  const CudaPlan plan = plan_of(kind, storage, gpu.device, p.table, p.units, p.projected, packed, p.save, false);
-  if (plan.tier == Tier::kStepwise || falls_back(plan, can_run_forward(kind, storage, plan))) return false;
-  Tensor memory;
-  persistent_forward(kind, storage, p, scan_of(plan, l, weights, step_stride, memory), gpu.stream);
-  return true;
+bool run_persistent(CellKind kind, Storage storage, const Gpu& gpu, const Layout& l, const Tensors& weights,
+                    const StepForward& p, int64_t step_stride, const Rows* packed) {
+  return run(kind, storage, gpu, l, weights, p, step_stride, packed);
 }
 
-bool run_persistent(CellKind kind, Storage storage, const Gpu& gpu, const Layout& l, bool packed,
-                    const Tensors& weights, const StepBackward& p, int64_t step_stride) {
-  const CudaPlan plan = plan_of(kind, storage, gpu.device, p.table, p.units, p.projected, packed, true, true);
-  if (plan.tier == Tier::kStepwise || falls_back(plan, can_run_backward(kind, storage, plan))) return false;
-  Tensor memory;
-  persistent_backward(kind, storage, p, scan_of(plan, l, weights, step_stride, memory), gpu.stream);
-  return true;
+bool run_persistent(CellKind kind, Storage storage, const Gpu& gpu, const Layout& l, const Tensors& weights,
+                    const StepBackward& p, int64_t step_stride, const Rows* packed) {
+  return run(kind, storage, gpu, l, weights, p, step_stride, packed);
 }
 
 }  // namespace fastrnn

@@ -9,10 +9,11 @@
 
 namespace fastrnn {
 
-// Runs the scan of both directions and returns true; false if the step-by-step loop has to do it.
-bool run_persistent(CellKind kind, Storage storage, const Gpu& gpu, const Layout& layout, bool packed,
-                    const Tensors& weights, const StepForward& params, int64_t step_stride);
-bool run_persistent(CellKind kind, Storage storage, const Gpu& gpu, const Layout& layout, bool packed,
-                    const Tensors& weights, const StepBackward& params, int64_t step_stride);
+// Runs the scan of both directions and returns true; false if the step-by-step loop has to do it. The row of (t, n) is
+// t * step_stride + n * batch_stride, or what the rows of a `packed` batch say (else null).
+bool run_persistent(CellKind kind, Storage storage, const Gpu& gpu, const Layout& layout, const Tensors& weights,
+                    const StepForward& params, int64_t step_stride, const Rows* packed);
+bool run_persistent(CellKind kind, Storage storage, const Gpu& gpu, const Layout& layout, const Tensors& weights,
+                    const StepBackward& params, int64_t step_stride, const Rows* packed);
 
 }  // namespace fastrnn

@@ -45,7 +45,9 @@ class Steps {
   Steps(const Layout& l, const Sizes& z, const Tensor& input, const OptionalTensor& lengths,
         const OptionalTensor& reset, const OptionalTensor& batch_sizes, bool batch_first)
       // lengths and resets are on the device: the host reads the layout only
-      : host_(l, input, std::nullopt, std::nullopt, batch_sizes, batch_first), batch_first_(batch_first) {
+      : host_(l, input, std::nullopt, std::nullopt, batch_sizes, batch_first),
+        batch_first_(batch_first),
+        packed_(batch_sizes.has_value()) {
     table_.steps = z.steps;
     table_.batch = z.batch;
     table_.total = host_.total();
@@ -68,6 +70,7 @@ class Steps {
   int64_t total() const { return host_.total(); }
   // The row of (t, n) is t * step_stride() + n * batch_stride, but in packed data.
   int64_t step_stride() const { return batch_first_ ? 1 : table_.batch; }
+  const Rows* packed() const { return packed_ ? &host_.rows() : nullptr; }
 
   // The table of step `s` of a scan that goes with the direction of the data, or `against` it.
   const StepTable& at(int64_t s, bool against) {
@@ -104,7 +107,7 @@ class Steps {
   RowTable host_;
   Tensor lengths_, reset_;
   StepTable table_;
-  bool batch_first_;
+  bool batch_first_, packed_;
 };
 
 // The same weight of both directions, as one batch of matrices [D, *, *].
@@ -164,7 +167,7 @@ Tensors stepwise_layer(CellKind kind, const Gpu& gpu, const Tensor& input, Tenso
   p.h_n = mutable_pointer(result.h_n);
   p.c_n = mutable_pointer(result.c_n);
   p.table = steps.at(0, false);
-  if (run_persistent(kind, storage, gpu, l, batch_sizes.has_value(), weights, p, steps.step_stride())) {
+  if (run_persistent(kind, storage, gpu, l, weights, p, steps.step_stride(), steps.packed())) {
     return result.with_reserve(need_reserve ? gates : at::empty({0}, sums));
   }
 
@@ -267,7 +270,7 @@ Tensors stepwise_layer_backward(CellKind kind, const Gpu& gpu, const OptionalTen
   p.grad_projected = mutable_pointer(grad_projected);
 
   p.table = steps.at(0, true);
-  if (!run_persistent(kind, storage, gpu, l, batch_sizes.has_value(), weights, p, steps.step_stride())) {
+  if (!run_persistent(kind, storage, gpu, l, weights, p, steps.step_stride(), steps.packed())) {
     const Tensor step_gates = by_batch(gate_width, options), grad_hidden = by_batch(z.outputs, sums);
     const Tensor w_hh = both(weights, l.w_hh(0), l.w_hh(1), z.directions);
     Tensor step_projected, grad_activation, w_hr;

@@ -42,19 +42,26 @@ void check_fits(const CudaPlan& plan, const CudaProblem& p, const CudaDevice& de
   CHECK(plan.at_once >= 1 && plan.at_once * plan.cluster <= device.multiprocessors);
   CHECK(plan.clusters * 8 * plan.batch_groups >= p.directions * p.batch);
   CHECK(plan.blocks() == plan.clusters * plan.cluster && plan.blocks() <= int64_t{1} << 31);
-  // every unit has one owner, and no block is without units
-  CHECK(plan.units % 8 == 0 && int64_t{plan.units} * plan.cluster >= p.units);
-  CHECK(int64_t{plan.units} * (plan.cluster - 1) < p.units);
+  // every unit has one owner, and a cluster of half the size would not do
+  CHECK(plan.units % 8 == 0 && int64_t{plan.units} * plan.owners >= p.units);
+  CHECK(int64_t{plan.units} * (plan.owners - 1) < p.units);
+  CHECK(plan.owners <= plan.cluster && plan.owners * 2 > plan.cluster);
   // the warps of a block have all its weights, in registers or in the shared memory that the plan asks for
   const int steps = plan.register_steps + plan.shared_steps;
-  CHECK(plan.depth % (16 * kStepsAtOnce) == 0 && steps * 16 >= plan.depth && plan.register_steps % 2 == 0);
+  CHECK(plan.depth % 32 == 0 && steps * 16 >= plan.depth);
+  // what a product reads of its operand, group by group and then in pairs, is within the operand
+  int read = 0;
+  for (int first = 0; first < plan.register_steps && first * 16 < plan.depth; first += kStepsAtOnce) {
+    read = std::min(first + kStepsAtOnce, (plan.register_steps + 1) / 2 * 2);
+  }
+  CHECK(read * 16 <= plan.depth);
   CHECK(plan.register_steps > 0 && 4 * plan.register_steps * plan.row_tiles <= 160);
   const int64_t held = int64_t{plan.shared_steps} * plan.row_tiles * plan.warps * kFragmentBytes;
   const int64_t columns = int64_t{8} * plan.batch_groups;
   if (p.backward) {
     CHECK(plan.depth >= p.gates * plan.units && int64_t{plan.warps} * plan.row_tiles * 16 >= p.units);
     CHECK(int64_t{plan.units} * columns <= int64_t{plan.threads} * kElementsOfThread);
-    const int64_t inboxes = 2 * int64_t{plan.cluster} * plan.units * columns * 4;
+    const int64_t inboxes = 2 * int64_t{plan.owners} * plan.units * columns * 4;
     CHECK(plan.shared_bytes >= held + inboxes + 2 * plan.depth * columns * 2 + plan.units * columns * 4 + 16);
   } else {
     CHECK(plan.depth >= divide_up(p.units, 8) * 8 && plan.units == plan.warps * plan.octets * 8);
@@ -262,22 +269,32 @@ void test_plan_cuda() {
   const auto plan = plan_cuda(lstm, h200, "auto");
   CHECK(plan.tier == Tier::kCluster && plan.exchange == Exchange::kAsync);
   CHECK(plan_cuda(problem_of(CellKind::kLstm, 2048, 8, 1, false), h200, "persistent").tier == Tier::kStepwise);
-  // what a cluster of 16 holds
-  CHECK(plan_cuda(problem_of(CellKind::kLstm, 768, 8, 1, false), h200, "persistent").tier == Tier::kCluster);
   for (const bool backward : {false, true}) {
-    CHECK(plan_cuda(problem_of(CellKind::kLstm, 512, 8, 1, backward), h200, "persistent").tier == Tier::kCluster);
+    for (const CellKind kind : {CellKind::kLstm, CellKind::kGru}) {
+      for (int64_t units = 8; units <= 768; ++units) {  // what a cluster of 16 holds
+        CHECK(plan_cuda(problem_of(kind, units, 8, 1, backward), h200, "persistent").tier != Tier::kStepwise);
+      }
+      const CudaPlan widest = plan_cuda(problem_of(kind, 768, 8, 1, backward), h200, "persistent");
+      CHECK(widest.cluster == 16 && widest.units == 48);
+      CHECK(!backward || kind != CellKind::kLstm || widest.shared_bytes == 228880);  // docs/cuda.md counts them
+      CHECK(persistent_plans(problem_of(kind, 769, 8, 1, backward), h200).empty());
+    }
     // no clusters: only what one block holds
     CHECK(plan_cuda(problem_of(CellKind::kGru, 512, 8, 1, backward), a100, "persistent").tier == Tier::kStepwise);
     CHECK(plan_cuda(problem_of(CellKind::kGru, 64, 8, 1, backward), a100, "persistent").tier == Tier::kBlock);
+  }
+  // 16 rows of the batch, where clusters of 8 would take turns
+  for (const bool backward : {false, true}) {
+    const auto groups = [&](int64_t batch) {
+      return plan_cuda(problem_of(CellKind::kGru, 640, batch, 1, backward), h200, "persistent").batch_groups;
+    };
+    CHECK(groups(8) == 1 && groups(56) == 1 && groups(57) == 2 && groups(112) == 2);
   }
   CudaProblem other = lstm;
   other.element_size = 4;
   CHECK(persistent_plans(other, h200).empty());
   other = lstm;
   other.projected = true;
-  CHECK(persistent_plans(other, h200).empty());
-  other = lstm;
-  other.packed = true;
   CHECK(persistent_plans(other, h200).empty());
   other = lstm;
   other.batch = 0;

@@ -23,7 +23,7 @@ StepTable table_of(const Case& c) {
   StepTable table;
   table.steps = c.number("steps");
   table.batch = c.number("batch");
-  table.total = table.steps * table.batch;
+  table.total = c.number("rows");
   table.batch_stride = 1;
   table.lengths = static_cast<const int64_t*>(optional(c, "lengths"));
   table.reset = static_cast<const bool*>(optional(c, "reset"));
@@ -61,6 +61,7 @@ void layer(const Case& c) {
   for (int d = 0; d < directions; ++d) scan.weights[d] = c.array<bf16>("w_hh") + d * gates * units * units;
   scan.packed = c.array<void>("packed");
   scan.step_stride = c.number("batch");
+  scan.offset = static_cast<const int64_t*>(optional(c, "offset"));
 
   fastrnn::StepForward f;
   f.table = table_of(c);
