@@ -208,6 +208,23 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
                     sums, kWidth);
     }
     hidden_sums<kProjected>(rows, count, sums, block);
+    if (!kProjected) leave_operands(rows, count, block);
+  }
+
+  // The recurrent gate gradients of a block of units, for the products of the next step.
+  void leave_operands(const Row* rows, int64_t count, int64_t block) const {
+    const int64_t units = shape_.units, begin = block * kWidth, width = std::min(kWidth, units - begin);
+    for (const Row* row = rows; row < rows + count; ++row) {
+      for (int g = 0; g < kGates && row->operand != nullptr; ++g) {
+        at::BFloat16* to = row->operand + g * units + begin;
+        if (row->cut) {
+          std::fill_n(to, width, at::BFloat16(0));
+        } else {  // the separate gates have their recurrent parts behind those of all gates
+          const int from = g < kGates - kSeparate ? g : g + kSeparate;
+          copy_rounded(to, row->grad_gates + from * units + begin, width);
+        }
+      }
+    }
   }
 
   template <int kRows, bool kProjected>
@@ -275,6 +292,9 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
   void projection_phase(int64_t s, const Row* rows, int64_t count) const {
     zigzag(place_.blocks(unit_blocks()), s, [&](int64_t block, int64_t next) {
       for_row_tiles<kTileRows>(count, [&]<int kRows>(RowTile i) { projection_tile<kRows>(rows, i, block, next); });
+      if constexpr (kHasPairs) {
+        if (scan_.plan.bf16) leave_operands(rows, count, block);
+      }
     });
   }
 
@@ -315,12 +335,6 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     Cell::backward(saved, previous, grad_h, carry, grad_gate);
 #pragma GCC unroll 32
     for (int g = 0; g < kGradients; ++g) store(row.grad_gates + g * units + j, grad_gate[g], count);
-    if constexpr (kHasPairs) {
-      constexpr int kAdding = kGates - kSeparate;  // the separate gates have their recurrent parts behind those of all
-      for (int g = 0; g < kGates && row.operand != nullptr; ++g) {
-        store_rounded(row.operand + g * units + j, row.cut ? V(0) : grad_gate[g < kAdding ? g : g + kSeparate], count);
-      }
-    }
     if (kState != ElementState::kNone) store(row.carry + j, carry, count);
   }
 

@@ -259,6 +259,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   // Gate pre-activations of one block of units from products of bfloat16, and the cell on them.
   void products(int64_t s, const Row* rows, int64_t count, int64_t block) const {
     const int64_t inputs = even(shape_.inputs), outputs = even(shape_.outputs), width = s_.operands.width();
+    const int64_t units = shape_.units;
     const at::BFloat16* x = s_.operands.of_step(s, place_.member);
     const auto* w = reinterpret_cast<const at::BFloat16*>(s_.packed + block * depth(scan_) * kWidth);
     T* sums = s_.partial + place_.member * s_.operands.rows() * kPartial;
@@ -276,6 +277,19 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       multiply(kApart, inputs, x, w + kTogether * Pair::kTogether, false, input_parts, kApart);
     }
     cells<true>(rows, count, sums, block * kUnits);
+    if (!shape_.projected) leave_operands(rows, count, block * kUnits, std::min((block + 1) * kUnits, units));
+  }
+
+  // Columns [begin, end) of h, for the products of the next step.
+  void leave_operands(const Row* rows, int64_t count, int64_t begin, int64_t end) const {
+    for (const Row* row = rows; row < rows + count; ++row) {
+      if (row->operand == nullptr) continue;
+      if (row->cut) {
+        std::fill(row->operand + begin, row->operand + end, at::BFloat16(0));
+      } else {
+        copy_rounded(row->operand + begin, row->next + begin, end - begin);
+      }
+    }
   }
 
   template <int kMaxRows, bool kFused>
@@ -407,9 +421,6 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   }
 
   FASTRNN_INLINE void leave(const Row& row, int64_t j, V h, int64_t count) const {
-    if constexpr (kHasPairs) {
-      if (row.operand != nullptr) store_rounded(row.operand + j, row.cut ? V(0) : h, count);
-    }
     store(row.next + j, h, count);
     store(row.output + j, h, count);
     if (row.h_n != nullptr) store(row.h_n + j, h, count);
@@ -457,6 +468,10 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
                                   [&]<int kRows>(RowTile i) { natural_projection<kRows>(rows + i.first, block); });
       } else {
         for_row_tiles<kOutputRows>(count, [&]<int kRows>(RowTile i) { project<kRows>(rows, i, block, next); });
+        if constexpr (kHasPairs) {
+          const int64_t begin = block * kOutputs;
+          if (scan_.plan.bf16) leave_operands(rows, count, begin, std::min(begin + kOutputs, shape_.outputs));
+        }
       }
     });
   }

@@ -1,7 +1,8 @@
 // The forward scan of all steps in one launch. One step of a warp, which owns kOctets groups of 8 units:
 //   pre[gate, unit][n] = sum_k W[gate, unit][k] h[k][n]       tensor cores, into registers
 //   the cell, all gates of a unit and a row of the batch in one lane
-//   send h to every block of the cluster that has units; store outputs and reserve; load the next inputs; wait for the others' h
+//   send h to every block of the cluster that has units; store outputs and reserve; load the next inputs; wait for the
+//   others' h
 //
 // Lane (g = lane / 4, t = lane % 4) of mma.m16n8k16 gets rows g and g + 8, columns 2t and 2t + 1. The 8 rows of a half tile
 // are one gate of one group of 8 units, so the lane has unit g of each group, with all gates, for two rows of the batch.
