@@ -110,6 +110,13 @@ def _layout(input: Any, lengths: Tensor | None, reset: Tensor | None) -> str:
     return f"with {' and '.join(features)}" if features else "over all steps of all rows"
 
 
+def _dtype_of_call(data: Tensor) -> torch.dtype:
+    """What the op computes on: autocast's dtype where it applies; float32 stands for what the op would refuse."""
+    autocasts = torch.is_autocast_enabled(data.device.type) and data.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(data.device.type) if autocasts else data.dtype
+    return dtype if dtype in (torch.float64, torch.bfloat16, torch.float16) else torch.float32
+
+
 def _plans(module: Any, cell: str, input: Any, data: Tensor, lengths: Tensor | None) -> list[str]:
     """One line for the first layer, and one for the others where they differ in their input."""
     assert _backend.native is not None
@@ -142,7 +149,7 @@ def _plans(module: Any, cell: str, input: Any, data: Tensor, lengths: Tensor | N
             module.hidden_size,
             proj_size,
             directions,
-            str(data.dtype).removeprefix("torch."),
+            str(_dtype_of_call(data)).removeprefix("torch."),
             training,
             torch.get_num_threads(),
             ragged=ragged,

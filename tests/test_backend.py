@@ -183,11 +183,12 @@ def test_explain_asks_for_the_plan_that_runs(native, monkeypatch):
     assert "the input multiplied within the same tiles" in fastrnn.explain(net, input)
     for dtype in (torch.float64, torch.bfloat16):
         fastrnn.explain(net, input.to(dtype))
+    fastrnn.explain(net, input.int())
     for lengths in ([4, 1], [4, 4]):
         fastrnn.explain(net, input, lengths=torch.tensor(lengths))
         fastrnn.explain(net, torch.nn.utils.rnn.pack_padded_sequence(input, lengths))
-    dtypes = ["float32", "float64", "bfloat16", *["float32"] * 4]
-    assert asked == list(zip(dtypes, [False, False, False, True, True, False, False], strict=True))
+    dtypes = ["float32", "float64", "bfloat16", *["float32"] * 5]
+    assert asked == list(zip(dtypes, [False, False, False, False, True, True, False, False], strict=True))
 
 
 def test_explain_another_device(monkeypatch):

@@ -42,7 +42,7 @@ void share_work(const CpuProblem& p, const CpuMachine& machine, CpuPlan& plan) {
   if (per_direction == 1) return;
 
   const bool enough_rows = p.batch >= per_direction * kOwnRows;
-  const bool weights_fit = weight_bytes(p) <= machine.l2_bytes / 2;
+  const bool weights_fit = weight_bytes(p) / (plan.bf16 ? 2 : 1) <= machine.l2_bytes / 2;
   const int unit_shares = static_cast<int>(std::min<int64_t>(per_direction, s.units / kUnitsPerShare));
   const double barriers = kBarrierMicroseconds * (s.projected ? 2 : 1);
   const bool units_pay = unit_shares > 1 && step / unit_shares + barriers < 0.9 * step;
@@ -66,9 +66,9 @@ CpuPlan plan_cpu(const CpuProblem& p, const CpuMachine& machine) {
   } else if (one_step && !p.shape.projected) {
     plan.recurrent = Recurrent::kProduct;
   }
-  share_work(p, machine, plan);
   plan.bf16 = machine.bf16 && p.bf16 && plan.recurrent == Recurrent::kPacked && p.batch >= kBf16Rows &&
-              p.element_size == sizeof(float);
+              p.element_size == sizeof(float) && (p.steps > 1 || !p.backward);
+  share_work(p, machine, plan);
   if (plan.bf16) {
     plan.fused_input = !p.backward;
   } else if (!p.backward && plan.recurrent == Recurrent::kPacked) {

@@ -2,11 +2,11 @@
 
 #include <ATen/native/CPUBlas.h>
 
-#include <algorithm>
 #include <cstdlib>
 #include <exception>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/capability.h"
 
@@ -14,14 +14,6 @@ namespace fastrnn {
 namespace {
 
 using c10::BFloat16;
-
-// oneDNN's small GEMM, generated for the machine: AMX tiles or AVX512_BF16.
-const Bf16Products kNative{
-    "native",
-    [](int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const BFloat16* a,
-       const BFloat16* b, float* c) { at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c); },
-    [] { at::native::cpublas::brgemm_release(); },
-};
 
 void multiply_by_loops(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add,
                        const BFloat16* a, const BFloat16* b, float* c) {
@@ -38,23 +30,46 @@ void multiply_by_loops(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb
 
 const Bf16Products kEmulated{"emulated", multiply_by_loops, [] {}};
 
+// oneDNN's small GEMM, generated for the machine and the sizes: AMX tiles or AVX512_BF16. May throw.
+void multiply_generated(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add,
+                        const BFloat16* a, const BFloat16* b, float* c) {
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c);
+}
+
+// The members of a team wait for each other, so none may throw: if another thread switches oneDNN off meanwhile, or it
+// refuses these sizes, the product is slow.
+const Bf16Products kNative{
+    "native",
+    [](int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const BFloat16* a,
+       const BFloat16* b, float* c) {
+      try {
+        multiply_generated(m, n, k, lda, ldb, ldc, add, a, b, c);
+      } catch (const std::exception&) {
+        multiply_by_loops(m, n, k, lda, ldb, ldc, add, a, b, c);
+      }
+    },
+    [] { at::native::cpublas::brgemm_release(); },
+};
+
 // Whether it runs here and means what it should: parts of matrices of small whole numbers, whose products are exact.
-bool works(const Bf16Products& products) {
-  constexpr int kRows = 8, kDepth = 34, kLda = 40, kLdb = 48, kLdc = 20, kColumns = 16, kFirst = 32;
-  BFloat16 a[kRows * kLda], b[kDepth * kLdb];
-  for (int i = 0; i < kRows * kLda; ++i) a[i] = static_cast<float>(i % 7 - 3);
-  for (int i = 0; i < kDepth * kLdb; ++i) b[i] = static_cast<float>(i % 5 - 2);
+bool works(int64_t rows, int64_t columns, int64_t depth) {
+  constexpr int64_t kLdb = 64, kLdc = 70;
+  const int64_t lda = depth + 6, first = kLdb - columns;
+  std::vector<BFloat16> a(rows * lda), b(depth * kLdb);
+  for (size_t i = 0; i < a.size(); ++i) a[i] = static_cast<float>(i % 7) - 3;
+  for (size_t i = 0; i < b.size(); ++i) b[i] = static_cast<float>(i % 5) - 2;
   for (const bool add : {false, true}) {
-    float c[kRows * kLdc], expected[kRows * kLdc];
-    for (int i = 0; i < kRows * kLdc; ++i) c[i] = expected[i] = static_cast<float>(i);
+    std::vector<float> c(rows * kLdc), expected;
+    for (size_t i = 0; i < c.size(); ++i) c[i] = static_cast<float>(i);
+    expected = c;
     try {
-      products.multiply(kRows, kColumns, kDepth, kLda, kLdb, kLdc, add, a, b + 2 * kFirst, c);
-      products.release();
+      multiply_generated(rows, columns, depth, lda, kLdb, kLdc, add, a.data(), b.data() + 2 * first, c.data());
     } catch (const std::exception&) {
       return false;  // this build of torch can't
     }
-    kEmulated.multiply(kRows, kColumns, kDepth, kLda, kLdb, kLdc, add, a, b + 2 * kFirst, expected);
-    if (!std::equal(c, c + kRows * kLdc, expected)) return false;
+    kNative.release();
+    multiply_by_loops(rows, columns, depth, lda, kLdb, kLdc, add, a.data(), b.data() + 2 * first, expected.data());
+    if (c != expected) return false;
   }
   return true;
 }
@@ -66,7 +81,8 @@ const Bf16Products* choose() {
   if (wanted != "auto" && wanted != "off") {
     throw std::invalid_argument("FASTRNN_CPU_BF16 should be 'auto', 'off' or 'emulate', got '" + wanted + "'");
   }
-  if (wanted == "off" || !has_bf16_dot() || !works(kNative)) return nullptr;
+  if (wanted == "off" || !has_bf16_dot()) return nullptr;
+  if (!works(32, 64, 64) || !works(8, 48, 96) || !works(1, 16, 6)) return nullptr;
   return &kNative;
 }
 

@@ -8,7 +8,8 @@
 namespace fastrnn {
 inline namespace CPU_CAPABILITY {
 
-constexpr int64_t even(int64_t k) { return (k + 1) / 2 * 2; }
+// k of an operand, with zeros behind: pairs; beyond 32 whole tiles of a matrix unit, which cuts others into small ones.
+constexpr int64_t operand_width(int64_t k) { return k <= 32 ? (k + 1) / 2 * 2 : (k + 31) / 32 * 32; }
 
 // p [count] = v, rounded to nearest
 FASTRNN_INLINE void store_rounded(at::BFloat16* p, Vec<float> v, int64_t count) {
@@ -54,35 +55,34 @@ void pack_columns_in_pairs(const W* w, int64_t columns, int64_t depth, int64_t b
 }
 
 // The operands of two steps, in turn: what this step multiplies, and what it leaves to the next. Members that share the
-// units share the rows too; else each has its own.
+// units share the rows too; else each has its own, and some more, as products may read beyond the last.
 class Operands {
  public:
   static constexpr int64_t kRows = 32;  // of a product
 
   Operands() = default;
-  Operands(int64_t batch, int64_t width, int members, bool shared)
-      : rows_((batch + kRows - 1) / kRows * kRows), width_(width), members_(shared ? 1 : members) {}
+  Operands(int64_t batch, int64_t width, int members) : batch_(batch), rows_(batch + kRows * members), width_(width) {}
 
-  void take(Arena& arena) { memory_ = arena.take<at::BFloat16>(members_ * 2 * rows_ * width_); }
+  void take(Arena& arena) { memory_ = arena.take<at::BFloat16>(2 * rows_ * width_); }
   int64_t rows() const { return rows_; }
   int64_t width() const { return width_; }
 
-  // [rows, width], those of one member
-  FASTRNN_INLINE at::BFloat16* of_step(int64_t s, int member) const {
-    return memory_ + (std::min(member, members_ - 1) * 2 + s % 2) * rows_ * width_;
+  // [its rows, width] of a member
+  FASTRNN_INLINE at::BFloat16* of_step(int64_t s, const Place& place) const {
+    const int64_t first = place.shard_units ? 0 : place.rows(batch_).begin + kRows * place.member;
+    return memory_ + (s % 2 * rows_ + first) * width_;
   }
-  // Zeros for both steps: columns beyond an odd width meet weights of zero, but must not be NaN.
+  // Zeros for both steps: what lies behind the columns and rows meets zeros, or means nothing, but must not be NaN.
   void clear(const Place& place) const {
-    const int own = std::min(place.member, members_ - 1);
-    const Range range = members_ == 1 ? share(2 * rows_, place.member, place.members) : Range{0, 2 * rows_};
-    at::BFloat16* all = of_step(0, own);
-    std::fill(all + range.begin * width_, all + range.end * width_, at::BFloat16(0));
+    const Range part = share(rows_, place.member, place.members);
+    for (int64_t s = 0; s < 2; ++s) {
+      std::fill_n(memory_ + (s * rows_ + part.begin) * width_, (part.end - part.begin) * width_, at::BFloat16(0));
+    }
   }
 
  private:
-  at::BFloat16* memory_ = nullptr;  // [members or 1][2][rows][width]
-  int64_t rows_ = 0, width_ = 0;
-  int members_ = 1;
+  at::BFloat16* memory_ = nullptr;  // [2][rows][width]
+  int64_t batch_ = 0, rows_ = 0, width_ = 0;
 };
 
 // c [count, n] = a b, or += : rows in whole multiples, so that a batch whose rows end one by one needs no code of its own

@@ -65,7 +65,7 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     // a single step has no recurrent product: nothing to pack
     s.packed = arena.take<T>(scan.rows.steps > 1 ? blocks(shape.outputs, kWidth) * depth(scan) * kWidth : 0);
     if (scan.plan.bf16) {
-      s.operands = Operands(scan.rows.batch, even(kGates * shape.units), scan.plan.threads, scan.plan.shard_units);
+      s.operands = Operands(scan.rows.batch, operand_width(kGates * shape.units), scan.plan.threads);
       s.operands.take(arena);
     }
     s.projection = arena.take<T>(shape.projected ? blocks(shape.units, kWidth) * shape.outputs * kWidth : 0);
@@ -78,7 +78,7 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
   // Of a block of packed weights, in elements of T.
   static int64_t depth(const Scan& scan) {
     const int64_t gates = kGates * scan.shape.units;
-    return scan.plan.bf16 ? even(gates) / Pair::kTogether : gates;
+    return scan.plan.bf16 ? operand_width(gates) / Pair::kTogether : gates;
   }
 
   // Where row i of step t's order has its results.
@@ -115,6 +115,7 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
       const Range range = share(output_blocks(), place_.member, place_.members);
       for (int64_t b = range.begin; b < range.end; ++b) {
         T* block = s_.packed + b * depth(scan_) * kWidth;
+        if (scan_.plan.bf16) std::fill_n(block, depth(scan_) * kWidth, T(0));  // beyond G*H
         with_stored(p_.w_hh, [&](const auto* w) {
           if constexpr (kHasPairs) {
             if (scan_.plan.bf16) {
@@ -143,7 +144,7 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     const int64_t end = std::min(range.end, rows_.active[t]);
     const int64_t outputs = shape_.outputs, units = shape_.units;
     const int64_t next = p_.reverse ? t - 1 : t + 1, before = p_.reverse ? t + 1 : t - 1;
-    at::BFloat16* operands = s_.operands.of_step(s + 1, place_.member);
+    at::BFloat16* operands = s_.operands.of_step(s + 1, place_);
     for (int64_t i = range.begin; i < end; ++i) {
       const int64_t n = rows_.order[i], row = rows_.row(t, n);
       const Sequence sequence = rows_.sequence(n);
@@ -204,8 +205,8 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
       std::fill_n(sums, count * kWidth, T(0));
     } else {
       const auto* w = reinterpret_cast<const at::BFloat16*>(s_.packed) + block * depth * kWidth;
-      multiply_rows(*scan_.bf16, count, kWidth, depth, s_.operands.of_step(s, place_.member), depth, w, kWidth, false,
-                    sums, kWidth);
+      multiply_rows(*scan_.bf16, count, kWidth, depth, s_.operands.of_step(s, place_), depth, w, kWidth, false, sums,
+                    kWidth);
     }
     hidden_sums<kProjected>(rows, count, sums, block);
     if (!kProjected) leave_operands(rows, count, block);

@@ -75,7 +75,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     Scratch s;
     s.packed = arena.take<T>(blocks(shape.units, kUnits) * depth(scan) * kWidth);
     if (scan.plan.bf16) {
-      s.operands = Operands(batch, even(shape.inputs) + even(shape.outputs), scan.plan.threads, scan.plan.shard_units);
+      s.operands = Operands(batch, operand_width(shape.inputs) + operand_width(shape.outputs), scan.plan.threads);
       s.operands.take(arena);
     }
     s.partial = arena.take<T>(scan.plan.threads * std::max(batch, s.operands.rows()) * kPartial);
@@ -91,7 +91,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   // Of a block of packed weights, in elements of T.
   static int64_t depth(const Scan& scan) {
     if (scan.plan.recurrent != Recurrent::kPacked) return 0;
-    if (scan.plan.bf16) return (even(scan.shape.inputs) + even(scan.shape.outputs)) / Pair::kTogether;
+    if (scan.plan.bf16) return (operand_width(scan.shape.inputs) + operand_width(scan.shape.outputs)) / Pair::kTogether;
     return (scan.plan.fused_input ? scan.shape.inputs : 0) + scan.shape.outputs;
   }
 
@@ -137,7 +137,10 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
             }
             pack_transposed<kGates, kUnitVectors, AsStored<T>>(w, shape_.units, depth, b, block);
           });
-          block += (scan_.plan.bf16 ? even(depth) / Pair::kTogether : depth) * kVectors * kLanes;
+          const int64_t packed = scan_.plan.bf16 ? (depth + 1) / Pair::kTogether : depth;
+          const int64_t all = scan_.plan.bf16 ? operand_width(depth) / Pair::kTogether : depth;
+          std::fill_n(block + packed * kWidth, (all - packed) * kWidth, T(0));
+          block += all * kWidth;
         };
         if (scan_.plan.fused_input) pack(p_.w_ih, shape_.inputs);
         pack(p_.w_hh, shape_.outputs);
@@ -183,7 +186,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   // Where row i of the batch, in the order of the scan, has h for step s; x lies before it.
   at::BFloat16* operand(int64_t s, int64_t i) const {
     const int64_t row = i - place_.rows(rows_.batch).begin;
-    return s_.operands.of_step(s, place_.member) + row * s_.operands.width() + even(shape_.inputs);
+    return s_.operands.of_step(s, place_) + row * s_.operands.width() + operand_width(shape_.inputs);
   }
 
   // The input of step s as operands: this member's rows, or its part of those that it shares.
@@ -193,7 +196,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     const int64_t end = std::min(range.end, rows_.active[t]);
     with_stored(p_.input, [&](const auto* x) {
       for (int64_t i = range.begin; i < end; ++i) {
-        copy_rounded(operand(s, i) - even(shape_.inputs), x + rows_.row(t, rows_.order[i]) * shape_.inputs,
+        copy_rounded(operand(s, i) - operand_width(shape_.inputs), x + rows_.row(t, rows_.order[i]) * shape_.inputs,
                      shape_.inputs);
       }
     });
@@ -258,9 +261,10 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
 
   // Gate pre-activations of one block of units from products of bfloat16, and the cell on them.
   void products(int64_t s, const Row* rows, int64_t count, int64_t block) const {
-    const int64_t inputs = even(shape_.inputs), outputs = even(shape_.outputs), width = s_.operands.width();
+    const int64_t inputs = operand_width(shape_.inputs), outputs = operand_width(shape_.outputs),
+                  width = s_.operands.width();
     const int64_t units = shape_.units;
-    const at::BFloat16* x = s_.operands.of_step(s, place_.member);
+    const at::BFloat16* x = s_.operands.of_step(s, place_);
     const auto* w = reinterpret_cast<const at::BFloat16*>(s_.packed + block * depth(scan_) * kWidth);
     T* sums = s_.partial + place_.member * s_.operands.rows() * kPartial;
     const auto multiply = [&](int64_t columns, int64_t k, const at::BFloat16* a, const at::BFloat16* b, bool add, T* c,

@@ -147,21 +147,22 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The native core of fastrnn.";
   m.def("build_info", &build_info);
   m.def("cpu_capability", [] { return cpu_kernels().name; });
-  m.def("cpu_bf16", [] { return bf16_products() == nullptr ? "none" : bf16_products()->name; });
+  m.def("cpu_bf16", [] { return cpu_machine(1).bf16 ? bf16_products()->name : "none"; });
   m.def("plan", &plan, py::arg("cell"), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
-        py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("directions") = 1, py::arg("dtype") = 4,
+        py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("directions") = 1, py::arg("dtype") = "float32",
         py::arg("training") = false, py::arg("threads") = 1, py::arg("ragged") = false);
   bind_streaming(m);
   m.def("cuda_plans", &cuda_plans,
         "The plans of a layer's scan on a named device, the fastest persistent one first (the K of "
         "FASTRNN_CUDA_PLAN=persistent:K), the step-by-step loop last; with predicted microseconds a step.",
         py::arg("cell"), py::arg("steps"), py::arg("batch"), py::arg("hidden_size"), py::arg("directions") = 1,
-        py::arg("dtype") = 2, py::arg("training") = false, py::arg("backward") = false, py::arg("device") = "h200");
+        py::arg("element_size") = 2, py::arg("training") = false, py::arg("backward") = false,
+        py::arg("device") = "h200");
   m.def("cuda_plan", &cuda_plan,
         "The one of cuda_plans that FASTRNN_CUDA_PLAN=wish chooses, the table of tuned plans consulted.",
         py::arg("cell"), py::arg("steps"), py::arg("batch"), py::arg("hidden_size"), py::arg("directions") = 1,
-        py::arg("dtype") = 2, py::arg("training") = false, py::arg("backward") = false, py::arg("device") = "h200",
-        py::arg("wish") = "auto");
+        py::arg("element_size") = 2, py::arg("training") = false, py::arg("backward") = false,
+        py::arg("device") = "h200", py::arg("wish") = "auto");
   m.def(
       "cuda_device",
       [](const std::string& name) {

@@ -103,15 +103,6 @@ void clear_padding(const RowTable& table, const Tensor& data) {
   }
 }
 
-// out = x w^T, of factors in `type`
-void multiply(Tensor& out, const Tensor& x, const Tensor& w, at::ScalarType type) {
-  if (type == out.scalar_type()) {
-    at::mm_out(out, x, w.to(type).t());
-  } else {
-    out.copy_(at::mm(x.to(type), w.t()));
-  }
-}
-
 // Computes in T. The weights stay as they are stored: the scan converts them as it packs or multiplies them.
 template <class T>
 Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList stored_hx, const Tensors& weights,
@@ -133,7 +124,6 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList 
                                            : with_huge_pages(result.allocate_gates(z, columns, options));
 
   const Tensor x = (scan.plan.bf16 ? input.contiguous() : as<T>(input)).reshape({total, z.inputs});
-  const auto product = input.scalar_type() == at::kBFloat16 && scan.bf16 != nullptr ? at::kBFloat16 : scalar_type<T>;
   const int64_t bias_width = (cell.gates + cell.separate) * z.units;
   const Tensor bias = at::empty({directions, bias_width}, options);
   ForwardParams<T> params[2];
@@ -166,10 +156,9 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList 
       p.input = stored<T>(x);
     } else if (total > 0) {
       Tensor projection = gates.select(0, d).view({total, columns}).narrow(1, 0, cell.gates * z.units);
-      multiply(projection, x, weights[l.w_ih(d)], product);
+      at::mm_out(projection, x, as<T>(weights[l.w_ih(d)]).t());
       if (scan.plan.recurrent == Recurrent::kProduct && p.h0 != nullptr) {
-        products[d] = at::empty({z.batch, cell.gates * z.units}, options);
-        multiply(products[d], hx[0].select(0, d), weights[l.w_hh(d)], product);
+        products[d] = at::mm(hx[0].select(0, d), as<T>(weights[l.w_hh(d)]).t());
         p.product = data<T>(products[d]);
       }
     }
@@ -220,7 +209,7 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   const Rows& rows = table.rows();
   const int64_t total = table.total(), directions = l.directions;
   const Scan scan = make_scan(kind, l, z, table, storage_of(input), true);
-  constexpr int64_t kFewRows = 8;
+  constexpr int64_t kFewRows = 4;
   const bool in_bf16 = input.scalar_type() == at::kBFloat16 && (scan.bf16 != nullptr || total <= kFewRows);
   const auto product = in_bf16 ? at::kBFloat16 : scalar_type<T>;
 

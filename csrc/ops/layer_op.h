@@ -69,7 +69,7 @@ struct ScanGradients {
   Tensor carry;  // [D, N, H] dc_0, or what flows to h_0 element by element
 };
 
-// The arguments of a backward op, as plain tensors, of one type on one device.
+// The arguments of a backward op, as plain tensors on one device; input and weights are of the type of the products.
 struct BackwardArguments {
   CellKind kind;
   const Layout& layout;
