@@ -81,6 +81,13 @@ def small(**changes):
     return [replace(Case(kind), **changes) for kind in KINDS]
 
 
+def mostly_slow(cases):
+    """Every third as it is, with every pair of flags among them; the others slow."""
+    import pytest
+
+    return [case if i % 3 == 0 else pytest.param(case, marks=pytest.mark.slow) for i, case in enumerate(cases)]
+
+
 def parametrize(cases):
     import pytest
 

@@ -20,7 +20,7 @@ TENSOR_CORE_KERNELS = {"scans": ["grid_scan", "cluster_scan"], "wrappers": ["mul
 needs_nvcc = pytest.mark.skipif(
     cuda_programs.cuda_home() is None or cuda_programs.nvcc() is None, reason="no nvcc: set CUDA_HOME"
 )
-SLOW = {"persistent_backward_16"}  # to compile
+SLOW = {"persistent_forward", "persistent_backward", "persistent_backward_16"}  # to compile
 every_source = pytest.mark.parametrize(
     "source",
     [pytest.param(source, marks=[pytest.mark.slow] if source.stem in SLOW else []) for source in SOURCES],
@@ -112,8 +112,9 @@ def products_of(kernel: str) -> int:
 
 
 @needs_nvcc
+@pytest.mark.slow
 @pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
-@pytest.mark.parametrize("name", ["forward", "backward", pytest.param("backward_16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["forward", "backward", "backward_16"])
 def test_products_of_persistent_kernels(name):
     """All of them, and no more: nothing is dropped, nothing is computed twice."""
     pytest.importorskip("fastrnn._C")

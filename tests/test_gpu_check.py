@@ -30,6 +30,7 @@ def check(out, *arguments):
 
 
 @needs_emulation
+@pytest.mark.slow
 def test_stages_and_resume(tmp_path):
     """Rows are on disk as they are measured, the rest is measured later, the table comes last."""
     first = check(tmp_path, "--stages", "environment,build,benchmark", "--only", "tiny/gru*")

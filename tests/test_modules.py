@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import Case, data, module, outputs_and_gradients, parametrize, small, table, threads
+from cases import Case, data, module, mostly_slow, outputs_and_gradients, parametrize, small, table, threads
 from tolerance import check
 
 import fastrnn
@@ -24,7 +24,7 @@ def test_against_torch(case, backend):
     compare(case, backend)
 
 
-@parametrize(table(dtypes=(torch.bfloat16, torch.float16), layouts=("time_major", "unsorted")))
+@parametrize(mostly_slow(table(dtypes=(torch.bfloat16, torch.float16), layouts=("time_major", "unsorted"))))
 def test_against_torch_16_bit(case, backend):
     compare(case, backend)
 
