@@ -22,7 +22,10 @@ from torch import Tensor
 from . import _ops, _tuned, reference
 
 BACKENDS = ("auto", "native", "python")
-CPU_CAPABILITIES = ("avx512", "avx2", "default")
+CPU_VARIABLES = {
+    "FASTRNN_CPU_CAPABILITY": ("avx512", "avx2", "default"),
+    "FASTRNN_CPU_BF16": ("auto", "off", "emulate"),
+}
 
 native: ModuleType | None = None  # fastrnn._C, once loaded
 reason = ""  # why it is not
@@ -34,6 +37,11 @@ _native_ops: dict[str, Callable[..., list[Tensor]]] | None = None
 layer_ops: dict[str, Callable[..., list[Tensor]]] | None = None
 
 
+def _check(variable: str, value: str, values: Sequence[str]) -> None:
+    if value not in values:
+        raise ValueError(f"{variable} should be one of {', '.join(values[:-1])} or {values[-1]}, got: {value!r}")
+
+
 def _load() -> None:
     """Import fastrnn._C, which registers the ops, and give it the reference as composite kernels."""
     global native, reason, native_cuda, _library, _native_ops
@@ -41,12 +49,9 @@ def _load() -> None:
     if importlib.util.find_spec(name) is None:
         reason = "it was not built (FASTRNN_NATIVE=0 when fastrnn was installed, or the build was not run)"
         return
-    capability = os.environ.get("FASTRNN_CPU_CAPABILITY", "")
-    if capability not in ("", *CPU_CAPABILITIES):  # the library refuses it too, but that would look like a broken one
-        raise ValueError(f"FASTRNN_CPU_CAPABILITY should be one of avx512, avx2 or default, got: {capability!r}")
-    bf16 = os.environ.get("FASTRNN_CPU_BF16", "")
-    if bf16 not in ("", "auto", "off", "emulate"):
-        raise ValueError(f"FASTRNN_CPU_BF16 should be one of auto, off or emulate, got: {bf16!r}")
+    for variable, values in CPU_VARIABLES.items():
+        if value := os.environ.get(variable):
+            _check(variable, value, values)  # the library refuses it too, but that would look like a broken one
     try:
         extension = importlib.import_module(name)
     except (ImportError, OSError) as error:
@@ -71,8 +76,7 @@ def initialize() -> None:
     """Load what ``FASTRNN_BACKEND`` asks for; called once, at import."""
     global layer_ops
     wanted = os.environ.get("FASTRNN_BACKEND", "auto")
-    if wanted not in BACKENDS:
-        raise ValueError(f"FASTRNN_BACKEND should be one of auto, native or python, got: {wanted!r}")
+    _check("FASTRNN_BACKEND", wanted, BACKENDS)
     if wanted == "python":
         global reason
         reason = "FASTRNN_BACKEND=python"

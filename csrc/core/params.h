@@ -113,8 +113,7 @@ struct BackwardParams {
   int64_t grad_cells_stride = 0;        //
   const T* grad_h_n = nullptr;          // [N, outputs] or null
   const T* grad_c_n = nullptr;          // [N, H] or null
-  const int64_t* grad_offset =
-      nullptr;  // [T] or null: row i of step t's order has its results in row grad_offset[t] + i
+  const int64_t* grad_offset = nullptr;  // [T] or null: results of row i of step t's order are in grad_offset[t] + i
   T* grad_gates = nullptr;              // [rows, (G+S)*H] out, valid rows only
   T* grad_projected = nullptr;          // [rows, P] out (projected only)
   T* carry = nullptr;                   // [N, H] out: dc_0, or what flows to h_0 element by element

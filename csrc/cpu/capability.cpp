@@ -32,20 +32,12 @@ CpuCapability cpu_capability() {
   return capability;
 }
 
-bool has_bf16_dot() {
 #ifdef FASTRNN_X86
-  return cpu_capability() == CpuCapability::kAvx512 && __builtin_cpu_supports("avx512bf16");
+bool has_bf16_dot() { return cpu_capability() == CpuCapability::kAvx512 && __builtin_cpu_supports("avx512bf16"); }
+bool has_int8_dot() { return cpu_capability() == CpuCapability::kAvx512 && __builtin_cpu_supports("avx512vnni"); }
 #else
-  return false;
+bool has_bf16_dot() { return false; }
+bool has_int8_dot() { return false; }
 #endif
-}
-
-bool has_int8_dot() {
-#ifdef FASTRNN_X86
-  return cpu_capability() == CpuCapability::kAvx512 && __builtin_cpu_supports("avx512vnni");
-#else
-  return false;
-#endif
-}
 
 }  // namespace fastrnn

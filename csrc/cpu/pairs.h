@@ -11,18 +11,26 @@ inline namespace CPU_CAPABILITY {
 // k of an operand, with zeros behind: pairs; beyond 32 whole tiles of a matrix unit, which cuts others into small ones.
 constexpr int64_t operand_width(int64_t k) { return k <= 32 ? (k + 1) / 2 * 2 : (k + 31) / 32 * 32; }
 
-// p [count] = v, rounded to nearest
-FASTRNN_INLINE void store_rounded(at::BFloat16* p, Vec<float> v, int64_t count) {
-  at::vec::convert_from_float<at::BFloat16>(v, v).store(p, std::min<int64_t>(count, Vec<float>::size()));
-}
-
+// Rounded to nearest.
 template <class W>
 void copy_rounded(at::BFloat16* to, const W* from, int64_t count) {
   if constexpr (std::is_same_v<W, at::BFloat16>) {
     std::copy_n(from, count, to);
   } else {
     constexpr int kLanes = Vec<float>::size();
-    for (int64_t k = 0; k < count; k += kLanes) store_rounded(to + k, load(from + k, count - k), count - k);
+    for (int64_t k = 0; k < count; k += kLanes) {
+      const Vec<float> v = load(from + k, count - k);
+      at::vec::convert_from_float<at::BFloat16>(v, v).store(to + k, std::min<int64_t>(count - k, kLanes));
+    }
+  }
+}
+
+// Part of a row for the next step: what this step computed, or zeros where the next begins anew.
+inline void leave_operand(at::BFloat16* to, const float* from, int64_t count, bool cut) {
+  if (cut) {
+    std::fill_n(to, count, at::BFloat16(0));
+  } else {
+    copy_rounded(to, from, count);
   }
 }
 
@@ -37,18 +45,18 @@ struct Pair {
   }
 };
 
-// One block of columns as it lies, in pairs of k: out [depth / 2][kVectors][lanes][2] from w [depth, columns], zeros beyond
-// the last column and an odd depth.
+// One block of columns as it lies, in pairs of k: out [operand_width(depth) / 2][kVectors][lanes][2] from w [depth, columns],
+// zeros beyond the last column and the depth.
 template <int kVectors, class W>
 void pack_columns_in_pairs(const W* w, int64_t columns, int64_t depth, int64_t block, at::BFloat16* out) {
   constexpr int kLanes = Vec<float>::size();
-  for (int64_t k = 0; k < depth; k += 2) {
+  for (int64_t k = 0; k < operand_width(depth); k += 2) {
     for (int v = 0; v < kVectors; ++v, out += 2 * kLanes) {
       const int64_t j = (block * kVectors + v) * kLanes, count = columns - j;
-      const W* from = w + k * columns + j;
-      const Vec<float> first = count > 0 ? load(from, count) : Vec<float>(0);
-      const Vec<float> second = count > 0 && k + 1 < depth ? load(from + columns, count) : Vec<float>(0);
-      const auto [low, high] = at::vec::interleave2(first, second);
+      const auto row = [&](int64_t at) {
+        return count > 0 && at < depth ? load(w + at * columns + j, count) : Vec<float>(0);
+      };
+      const auto [low, high] = at::vec::interleave2(row(k), row(k + 1));
       at::vec::convert_from_float<at::BFloat16>(low, high).store(out);
     }
   }

@@ -40,7 +40,7 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
 
   struct Scratch {
     T* packed;  // [blocks of outputs][G*H][kVectors][lanes], or pairs of G*H
-    Operands operands;  // products of bfloat16 only: the recurrent gate gradients, of even width
+    Operands operands;  // products of bfloat16 only: the recurrent gate gradients
     T* projection;  // [blocks of H][P][kVectors][lanes]
     T* partial;  // [members][N][kWidth] sums over some of the chunks
     T* zeros;  // [max((G+S)*H, outputs)]
@@ -115,7 +115,6 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
       const Range range = share(output_blocks(), place_.member, place_.members);
       for (int64_t b = range.begin; b < range.end; ++b) {
         T* block = s_.packed + b * depth(scan_) * kWidth;
-        if (scan_.plan.bf16) std::fill_n(block, depth(scan_) * kWidth, T(0));  // beyond G*H
         with_stored(p_.w_hh, [&](const auto* w) {
           if constexpr (kHasPairs) {
             if (scan_.plan.bf16) {
@@ -217,13 +216,9 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     const int64_t units = shape_.units, begin = block * kWidth, width = std::min(kWidth, units - begin);
     for (const Row* row = rows; row < rows + count; ++row) {
       for (int g = 0; g < kGates && row->operand != nullptr; ++g) {
-        at::BFloat16* to = row->operand + g * units + begin;
-        if (row->cut) {
-          std::fill_n(to, width, at::BFloat16(0));
-        } else {  // the separate gates have their recurrent parts behind those of all gates
-          const int from = g < kGates - kSeparate ? g : g + kSeparate;
-          copy_rounded(to, row->grad_gates + from * units + begin, width);
-        }
+        // the separate gates have their recurrent parts behind those of all gates
+        const int from = g < kGates - kSeparate ? g : g + kSeparate;
+        leave_operand(row->operand + g * units + begin, row->grad_gates + from * units + begin, width, row->cut);
       }
     }
   }

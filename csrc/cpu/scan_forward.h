@@ -49,7 +49,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
 
   struct Scratch {
     T* packed;  // [blocks][depth()][kVectors][lanes] fused input: the rows of W_ih, then those of W_hh; or pairs of them
-    Operands operands;  // products of bfloat16 only: x and h, each of even width
+    Operands operands;  // products of bfloat16 only: x and h, each of its operand_width
     T* partial;  // [members][N][kPartial] sums over some of the chunks
     T* projection;  // [blocks of P][H][kOutputVectors][lanes]
     T* h;  // [2][N, outputs]: read one, write the other
@@ -261,9 +261,8 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
 
   // Gate pre-activations of one block of units from products of bfloat16, and the cell on them.
   void products(int64_t s, const Row* rows, int64_t count, int64_t block) const {
-    const int64_t inputs = operand_width(shape_.inputs), outputs = operand_width(shape_.outputs),
-                  width = s_.operands.width();
-    const int64_t units = shape_.units;
+    const int64_t inputs = operand_width(shape_.inputs), outputs = operand_width(shape_.outputs);
+    const int64_t width = s_.operands.width();
     const at::BFloat16* x = s_.operands.of_step(s, place_);
     const auto* w = reinterpret_cast<const at::BFloat16*>(s_.packed + block * depth(scan_) * kWidth);
     T* sums = s_.partial + place_.member * s_.operands.rows() * kPartial;
@@ -281,18 +280,13 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       multiply(kApart, inputs, x, w + kTogether * Pair::kTogether, false, input_parts, kApart);
     }
     cells<true>(rows, count, sums, block * kUnits);
-    if (!shape_.projected) leave_operands(rows, count, block * kUnits, std::min((block + 1) * kUnits, units));
+    if (!shape_.projected) leave_operands(rows, count, block * kUnits, std::min((block + 1) * kUnits, shape_.units));
   }
 
   // Columns [begin, end) of h, for the products of the next step.
   void leave_operands(const Row* rows, int64_t count, int64_t begin, int64_t end) const {
     for (const Row* row = rows; row < rows + count; ++row) {
-      if (row->operand == nullptr) continue;
-      if (row->cut) {
-        std::fill(row->operand + begin, row->operand + end, at::BFloat16(0));
-      } else {
-        copy_rounded(row->operand + begin, row->next + begin, end - begin);
-      }
+      if (row->operand != nullptr) leave_operand(row->operand + begin, row->next + begin, end - begin, row->cut);
     }
   }
 

@@ -213,12 +213,12 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   const bool in_bf16 = input.scalar_type() == at::kBFloat16 && (scan.bf16 != nullptr || total <= kFewRows);
   const auto product = in_bf16 ? at::kBFloat16 : scalar_type<T>;
 
-  Tensors factors(weights.size());
   // Rows beyond a length are left out of every product, so that nothing of them, NaN included, enters one: gradients lie
   // row after row as the scan visits them. Groups need all rows where they were, and zeros in those.
   const std::optional<Tensor> valid = table.valid_rows();
   const bool dense = valid && groups == 0;
-  const auto offset = table.visited_before();
+  const auto visited = dense ? table.visited_before() : std::vector<int64_t>();
+  const int64_t* offset = dense ? visited.data() : nullptr;  // [T] the row of a step's first gradient
   const int64_t count = dense ? valid->numel() : total;
   const auto select = [&](const Tensor& data) {  // [total, columns]
     if (!valid) return data.to(product);
@@ -226,6 +226,7 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
     return dense ? kept : at::zeros(data.sizes(), kept.options()).index_copy_(0, *valid, kept);
   };
 
+  Tensors factors(weights.size());
   BackwardArguments a{kind, l, z, {}, select(input.reshape({total, z.inputs})), hx, factors, batch_first, mask, groups};
   for (int d = 0; d < l.directions; ++d) {
     if (a.wants_input()) factors[l.w_ih(d)] = weights[l.w_ih(d)].to(product);
@@ -262,7 +263,7 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
     const Tensor initial = hx.empty() ? Tensor() : hx[0].select(0, d);
     if (a.wants_weight(l.w_hh(d))) {
       if (table.ragged() || rows.reset != nullptr || rows.batch_stride != 1 || groups > 0) {
-        g.previous = copy_previous(rows, dense ? offset.data() : nullptr, count, output, d, initial, z.outputs);
+        g.previous = copy_previous(rows, offset, count, output, d, initial, z.outputs);
       } else {
         const int64_t later = total - z.batch;  // rows but those of a direction's first step
         const Tensor own = output.view({total, directions * z.outputs}).narrow(1, d * z.outputs, z.outputs);
@@ -290,7 +291,7 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
       p.grad_cells = direction(data<T>(grads[3]), d, z.units);
       p.grad_cells_stride = directions * z.units;
     }
-    if (dense) p.grad_offset = offset.data();
+    p.grad_offset = offset;
     p.grad_gates = grad_gates.mutable_data_ptr<T>();
     if (l.projected) p.grad_projected = g.grad_projected.mutable_data_ptr<T>();
     p.carry = scanned.carry.mutable_data_ptr<T>() + d * z.batch * z.units;
