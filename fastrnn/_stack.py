@@ -90,11 +90,8 @@ def stack(
 
 
 def run_layer(route: str, cell: str, *arguments: Any) -> list[Tensor]:
-    """One layer on the chosen backend; the native one returns a reserve behind the rest, for which we do not ask."""
-    if route == "native":
-        assert _backend.layer_ops is not None
-        return _backend.layer_ops[cell](*arguments, False)
-    return _backend.python_layer(cell, *arguments)
+    """One layer on the chosen backend."""
+    return _backend.native_layer(cell, *arguments) if route == "native" else _backend.python_layer(cell, *arguments)
 
 
 def _split_states(states: Sequence[Tensor], num_layers: int, directions: int) -> list[list[Tensor]]:

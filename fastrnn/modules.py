@@ -99,8 +99,7 @@ class _Layers(torch.nn.RNNBase):
         A small layer takes less time than torch.nn's checks and the stack between it and the caller. The op has all of
         these checks itself; only to put a complaint into torch.nn's words are they made here, once it has refused.
         """
-        ops = _backend.layer_ops
-        if ops is None or self.num_layers != 1 or isinstance(input, PackedSequence) or input.dim() != 3:
+        if self.num_layers != 1 or isinstance(input, PackedSequence) or input.dim() != 3:
             return None
         if _backend.choose(input, False) != "native" or (hx is None and _backend.wants_states()):
             return None
@@ -108,7 +107,7 @@ class _Layers(torch.nn.RNNBase):
         states = () if hx is None else hx if lstm else (hx,)
         weights, two, batch_first = self._weights(), self.bidirectional, self.batch_first
         try:
-            result = ops[_CELLS[self.mode]](input, states, weights, None, None, None, two, batch_first, False, False)
+            result = _backend.native_layer(_CELLS[self.mode], input, states, weights, None, None, None, two, batch_first, False)
         except (RuntimeError, TypeError):
             return None
         return result[0], (result[1], result[2]) if lstm else result[1]

@@ -251,6 +251,8 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
         if constexpr (kHasPairs) products(s, rows, count, block);
       } else if (scan_.plan.recurrent == Recurrent::kNatural) {
         for_row_tiles<kDotInputs>(count, [&]<int kRows>(RowTile i) { natural_tile<kRows>(rows + i.first, block); });
+      } else if (scan_.plan.recurrent == Recurrent::kProduct) {
+        products_of_caller(rows, count, block);
       } else if (scan_.plan.fused_input) {
         tiles<kFusedRows, true>(rows, count, block, next);
       } else {
@@ -288,6 +290,21 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     for (const Row* row = rows; row < rows + count; ++row) {
       if (row->operand != nullptr) leave_operand(row->operand + begin, row->next + begin, end - begin, row->cut);
     }
+  }
+
+  // The cell on products that the caller has computed.
+  void products_of_caller(const Row* rows, int64_t count, int64_t block) const {
+    const int64_t units = shape_.units, begin = block * kUnits;
+    T* const sums = s_.partial + place_.member * rows_.batch * kPartial;
+    T* to = sums;
+    for (const Row* row = rows; row < rows + count; ++row) {
+      for (int v = 0; v < kVectors; ++v, to += kLanes) {
+        const int64_t j = begin + v % kUnitVectors * kLanes, left = units - j;
+        const bool none = row->product == nullptr || left <= 0;
+        (none ? V(0) : load(row->product + v / kUnitVectors * units + j, left)).store(to);
+      }
+    }
+    cells<false>(rows, count, sums, begin);
   }
 
   template <int kMaxRows, bool kFused>
@@ -357,33 +374,40 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   template <bool kFused, int K>
   FASTRNN_INLINE void cells_of(const Row* rows, int64_t first, const T* sums, const T* input_parts,
                                int64_t begin) const {
-    const int64_t units = shape_.units;
 #pragma GCC unroll 32
     for (int u = 0; u < kUnitVectors; ++u) {
-      const int64_t j = begin + u * kLanes, count = units - j;
-      if (count <= 0) break;
-      Several<T, K> gate[kGates + kSeparate];
+      const int64_t count = shape_.units - begin - u * kLanes;
+      if (count >= kLanes) {  // known to be whole, a vector takes no mask and no branch
+        vector_of_units<kFused, K>(rows, first, sums, input_parts, begin, u, kLanes);
+      } else if (count > 0) {
+        vector_of_units<kFused, K>(rows, first, sums, input_parts, begin, u, count);
+      }
+    }
+  }
+
+  // Vector u of the units of a block, `count` of them.
+  template <bool kFused, int K>
+  FASTRNN_INLINE void vector_of_units(const Row* rows, int64_t first, const T* sums, const T* input_parts,
+                                      int64_t begin, int u, int64_t count) const {
+    const int64_t units = shape_.units, j = begin + u * kLanes;
+    Several<T, K> gate[kGates + kSeparate];
 #pragma GCC unroll 32
-      for (int i = 0; i < K; ++i) {
+    for (int i = 0; i < K; ++i) {
 #pragma GCC unroll 32
-        for (int g = 0; g < kGates; ++g) {
-          V product = V::loadu(sums + ((first + i) * kVectors + g * kUnitVectors + u) * kLanes);
-          if (!kFused && rows[i].product != nullptr) {
-            product = product + load(rows[i].product + g * units + j, count);
-          }
-          V input = bias(g, j, count);
-          if (!kFused) input = input + load(rows[i].gates + g * units + j, count);
-          if (g < kAdding) {
-            gate[g].v[i] = input + product;
-          } else {
-            const int64_t part = (first + i) * kSeparateVectors + (g - kAdding) * kUnitVectors + u;
-            gate[g].v[i] = kFused ? input + V::loadu(input_parts + part * kLanes) : input;
-            gate[g + kSeparate].v[i] = bias(g + kSeparate, j, count) + product;
-          }
+      for (int g = 0; g < kGates; ++g) {
+        const V product = V::loadu(sums + ((first + i) * kVectors + g * kUnitVectors + u) * kLanes);
+        V input = bias(g, j, count);
+        if (!kFused) input = input + load(rows[i].gates + g * units + j, count);
+        if (g < kAdding) {
+          gate[g].v[i] = input + product;
+        } else {
+          const int64_t part = (first + i) * kSeparateVectors + (g - kAdding) * kUnitVectors + u;
+          gate[g].v[i] = kFused ? input + V::loadu(input_parts + part * kLanes) : input;
+          gate[g + kSeparate].v[i] = bias(g + kSeparate, j, count) + product;
         }
       }
-      finish(rows, j, count, gate);
     }
+    finish(rows, j, count, gate);
   }
 
   // Of gate g; those of the recurrent parts of separate gates lie behind the gates.

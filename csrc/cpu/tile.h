@@ -20,6 +20,12 @@ constexpr int partial_sums(int rows, int vectors) {
   return room >= 4 ? 4 : room >= 2 ? 2 : 1;
 }
 
+// a / b, neither negative. Many processors take 40 to 95 cycles to divide 64 bits, as long as a tile of few k takes, and
+// 26 for 32.
+constexpr int64_t quotient(int64_t a, int64_t b) {
+  return ((a | b) >> 32) == 0 ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
+}
+
 // One of the tiles that rows are split into.
 struct RowTile {
   int64_t first;  // row
@@ -40,8 +46,11 @@ template <size_t kBytes, class F>
 FASTRNN_INLINE void for_chunks(int64_t depth, const F& f) {
   constexpr int64_t kMost = (256 << 10) / kBytes;  // half of a small L2 holds a chunk and the next
   const int64_t chunks = std::max<int64_t>(1, (depth + kMost - 1) / kMost);
-  for (int64_t c = 0; c < chunks; ++c) {
-    f(Chunk{depth * c / chunks, depth * (c + 1) / chunks, c == 0, c == chunks - 1});
+  int64_t begin = 0;
+  for (int64_t c = 1; c <= chunks; ++c) {
+    const int64_t end = c == chunks ? depth : quotient(depth * c, chunks);
+    f(Chunk{begin, end, c == 1, c == chunks});
+    begin = end;
   }
 }
 
@@ -64,7 +73,7 @@ template <int kVectors, class T>
 FASTRNN_INLINE Packed<T> packed_block(const T* packed, int64_t depth, int64_t block, int64_t next, RowTile tile,
                                       const Chunk& chunk) {
   constexpr int64_t kWidth = kVectors * Vec<T>::size();
-  const int64_t step = (kWidth + tile.count - 1) / tile.count;
+  const int64_t step = tile.count == 1 ? kWidth : quotient(kWidth + tile.count - 1, tile.count);
   const T* following = chunk.last ? packed + next * depth * kWidth : packed + (block * depth + chunk.end) * kWidth;
   return {packed + (block * depth + chunk.begin) * kWidth, following + tile.index * step * chunk.depth(), step};
 }
@@ -256,9 +265,10 @@ FASTRNN_INLINE void with_rows(int n, const F& f) {
 template <int kMax, class F>
 FASTRNN_INLINE void for_row_tiles(int64_t count, const F& f) {
   const int64_t tiles = (count + kMax - 1) / kMax;
+  const int64_t least = tiles <= 1 ? count : quotient(count, tiles), higher = count - least * tiles;
   int64_t row = 0;
   for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t height = (count - row + tiles - t - 1) / (tiles - t);
+    const int64_t height = least + (t < higher ? 1 : 0);
     with_rows<kMax>(static_cast<int>(height),
                     [&]<int kRows>() { f.template operator()<kRows>(RowTile{row, t, tiles}); });
     row += height;
@@ -266,6 +276,28 @@ FASTRNN_INLINE void for_row_tiles(int64_t count, const F& f) {
 }
 
 constexpr int64_t blocks(int64_t columns, int64_t width) { return (columns + width - 1) / width; }
+
+// to [k][to_stride] = the transpose of from [lanes][from_stride], for as many k as lanes. Rows i and i + lanes / 2 become
+// rows 2 i and 2 i + 1, their elements in turn; after log2(lanes) such shuffles every element has changed places.
+template <class T>
+FASTRNN_INLINE void transpose_square(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+  constexpr int kLanes = Vec<T>::size();
+  Vec<T> a[kLanes], b[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) a[i] = Vec<T>::loadu(from + i * from_stride);
+#pragma GCC unroll 4
+  for (int done = 1; done < kLanes; done *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) {
+      const auto [low, high] = at::vec::interleave2(a[i], a[i + kLanes / 2]);
+      b[2 * i] = low, b[2 * i + 1] = high;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) a[i] = b[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) a[i].store(to + i * to_stride);
+}
 
 // Reads part of a row of weights as T.
 template <class T>
@@ -286,7 +318,7 @@ void pack_transposed(const W* w, int64_t units, int64_t columns, int64_t block, 
   constexpr int kWidth = kGates * kUnitVectors * kLanes;
   constexpr int kTogether = Element::kTogether;
   constexpr bool kAsItIs = std::is_same_v<W, T> && kTogether == 1;
-  constexpr int64_t kStrip = 64;  // of k: a strip of the output stays in L1 while its lanes are filled one by one
+  constexpr int64_t kStrip = 256;  // of k: rows are read long enough in one go for the processor to read ahead
   const int64_t depth = (columns + kTogether - 1) / kTogether;
   for (int64_t k0 = 0; k0 < depth; k0 += kStrip) {
     const int64_t k1 = k0 + kStrip < depth ? k0 + kStrip : depth;
@@ -312,7 +344,7 @@ void pack_transposed(const W* w, int64_t units, int64_t columns, int64_t block, 
       int64_t k = k0;
       if (rows == kLanes) {
         for (; k + kLanes <= k1; k += kLanes) {
-          at::vec::transpose_mxn<T, kLanes, kLanes>(from + k - k0, stride, to + k * kWidth, kWidth);
+          transpose_square(from + k - k0, stride, to + k * kWidth, kWidth);
         }
       }
       for (int lane = 0; lane < kLanes; ++lane) {

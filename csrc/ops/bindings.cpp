@@ -1,4 +1,4 @@
-// What takes no tensor, and streaming sessions. Importing this module also registers the ops.
+// The module: what takes no tensor is here. Importing it also registers the ops.
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
@@ -8,6 +8,7 @@
 #include "core/plan_cuda.h"
 #include "core/tuned_cuda.h"
 #include "cpu/kernels.h"
+#include "ops/call.h"
 #include "ops/cpu_plan.h"
 #include "ops/ops.h"
 #include "ops/stepwise.h"
@@ -151,6 +152,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("plan", &plan, py::arg("cell"), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("directions") = 1, py::arg("dtype") = "float32",
         py::arg("training") = false, py::arg("threads") = 1, py::arg("ragged") = false);
+  bind_layers(m);
   bind_streaming(m);
   m.def("cuda_plans", &cuda_plans,
         "The plans of a layer's scan on a named device, the fastest persistent one first (the K of "

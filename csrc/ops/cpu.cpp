@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/CPUAllocator.h>
 #include <pthread.h>
 #include <sys/mman.h>
 #include <torch/library.h>
@@ -59,12 +60,18 @@ Tensor with_huge_pages(Tensor buffer) {
   return buffer;
 }
 
+// Memory for the time of a call, aligned for vectors.
+at::DataPtr temporary(int64_t bytes) { return c10::GetCPUAllocator()->allocate(bytes); }
+
 template <class T>
 constexpr auto scalar_type = c10::CppTypeToScalarType<T>::value;
 
+// t.to(type), without a call of an op where there is nothing to do: a small layer takes less time than a few of them.
+Tensor to_type(const Tensor& t, at::ScalarType type) { return t.scalar_type() == type ? t : t.to(type); }
+
 template <class T>
 Tensor as(const Tensor& t) {
-  return t.defined() ? t.to(scalar_type<T>).contiguous() : t;
+  return t.defined() ? to_type(t, scalar_type<T>).contiguous() : t;
 }
 
 Tensors contiguous(TensorList tensors) {
@@ -120,12 +127,12 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList 
   // The input projection's buffer is the reserve: its first G columns, in units of H, turn into the activated gates.
   // Where the scan multiplies the input itself, and nothing is saved, there is no buffer.
   const int64_t columns = z.units * (need_reserve ? l.reserve_columns_in_units(kind) : cell.gates);
-  Tensor gates = projects && !need_reserve ? at::empty({0}, options)
-                                           : with_huge_pages(result.allocate_gates(z, columns, options));
+  Tensor gates;
+  if (!projects || need_reserve) gates = with_huge_pages(result.allocate_gates(z, columns, options));
 
   const Tensor x = (scan.plan.bf16 ? input.contiguous() : as<T>(input)).reshape({total, z.inputs});
   const int64_t bias_width = (cell.gates + cell.separate) * z.units;
-  const Tensor bias = at::empty({directions, bias_width}, options);
+  const at::DataPtr bias = temporary(directions * bias_width * static_cast<int64_t>(sizeof(T)));
   ForwardParams<T> params[2];
   Tensor products[2];
   for (int d = 0; d < l.directions; ++d) {
@@ -133,14 +140,14 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList 
     p.reverse = d == 1;
     p.w_hh = stored<T>(weights[l.w_hh(d)]);
     if (l.projected) p.w_hr = stored<T>(weights[l.w_hr(d)]);
-    T* direction_bias = bias.mutable_data_ptr<T>() + d * bias_width;
+    T* direction_bias = static_cast<T*>(bias.get()) + d * bias_width;
     const Tensor b_ih = l.biases ? as<T>(weights[l.b_ih(d)]) : Tensor();
     const Tensor b_hh = l.biases ? as<T>(weights[l.b_hh(d)]) : Tensor();
     sum_biases(cell.gates, cell.separate, z.units, data<T>(b_ih), data<T>(b_hh), direction_bias);
     p.bias = direction_bias;
     if (!hx.empty()) p.h0 = direction(data<T>(hx[0]), d, z.batch * z.outputs);
     if (hx.size() > 1) p.c0 = direction(data<T>(hx[1]), d, z.batch * z.units);
-    if (gates.numel() > 0) p.gates = gates.mutable_data_ptr<T>() + d * total * columns;
+    if (gates.defined()) p.gates = gates.mutable_data_ptr<T>() + d * total * columns;
     p.gates_stride = columns;
     p.save = need_reserve;
     p.output = result.output.mutable_data_ptr<T>() + d * z.outputs;
@@ -165,8 +172,7 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList 
   }
 
   const auto& kernels = cpu_kernels().get<T>(kind);
-  const Tensor scratch = at::empty({kernels.forward_scratch(scan)}, options.dtype(at::kByte));
-  kernels.forward(scan, params, scratch.mutable_data_ptr());
+  kernels.forward(scan, params, temporary(kernels.forward_scratch(scan)).get());
   clear_padding(table, result.output);
   clear_padding(table, result.cells);
   if (need_reserve) clear_padding(table, gates);
@@ -302,10 +308,7 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
     scanned.each.push_back(std::move(g));
   }
   const auto& kernels = cpu_kernels().get<T>(kind);
-  {
-    const Tensor scratch = at::empty({kernels.backward_scratch(scan)}, options.dtype(at::kByte));
-    kernels.backward(scan, params, scratch.mutable_data_ptr());
-  }
+  kernels.backward(scan, params, temporary(kernels.backward_scratch(scan)).get());
 
   for (int d = 0; d < l.directions; ++d) {
     DirectionGradients& g = scanned.each[d];
@@ -359,7 +362,7 @@ Tensors layer(const Tensor& input, TensorList hx, TensorList weights, const Opti
   return with_type(input, [&](auto zero) {
     using T = decltype(zero);
     Tensors result = forward<T>(kind, l, input, hx, contiguous(weights), table, need_steps, need_reserve);
-    for (size_t i = 0; i + 1 < result.size(); ++i) result[i] = result[i].to(input.scalar_type());
+    for (size_t i = 0; i + 1 < result.size(); ++i) result[i] = to_type(result[i], input.scalar_type());
     return result;
   });
 }
@@ -380,7 +383,7 @@ Tensors layer_backward(const OptionalTensors& grad_outputs, const Tensor& input,
                        reserve, batch_first, mask, groups);
   });
   for (size_t i = 0; i < result.size(); ++i) {
-    result[i] = result[i].defined() ? result[i].to(input.scalar_type()) : at::empty({0}, input.options());
+    result[i] = result[i].defined() ? to_type(result[i], input.scalar_type()) : at::empty({0}, input.options());
   }
   return result;
 }
