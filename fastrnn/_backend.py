@@ -135,9 +135,9 @@ def choose(tensor: Tensor, features: bool) -> str:
 
 
 def native_layer(cell: str, *arguments: Any) -> list[Tensor]:
-    """The native op, whose arguments `python_layer` spells out: output, final states, and per-step states for need_steps.
+    """The native op, with the arguments of `python_layer`: output, final states, per-step states for need_steps.
 
-    Its own binding takes two thirds of the time of torch.ops off the call of a small layer, and declines where something
+    Its own binding takes half of the time of torch.ops off the call of a small layer, and declines where something
     watches the calls of torch.ops. torch.compile cannot ask it.
     """
     assert native is not None and layer_ops is not None

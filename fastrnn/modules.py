@@ -107,7 +107,9 @@ class _Layers(torch.nn.RNNBase):
         states = () if hx is None else hx if lstm else (hx,)
         weights, two, batch_first = self._weights(), self.bidirectional, self.batch_first
         try:
-            result = _backend.native_layer(_CELLS[self.mode], input, states, weights, None, None, None, two, batch_first, False)
+            result = _backend.native_layer(
+                _CELLS[self.mode], input, states, weights, None, None, None, two, batch_first, False
+            )
         except (RuntimeError, TypeError):
             return None
         return result[0], (result[1], result[2]) if lstm else result[1]

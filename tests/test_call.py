@@ -1,7 +1,7 @@
 """The short way from Python to the op of a layer: what it takes on, and what it leaves to torch.ops."""
 
 import threading
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ class Dispatches(TorchDispatchMode):
 
 
 class Logged(torch.Tensor):
-    calls: list[str] = []
+    calls: ClassVar[list[str]] = []
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -134,9 +134,7 @@ def test_several_threads_at_once():
     given = arguments("lstm")
     expected, results = _backend.native.layers["lstm"](*given)[0], []
     threads = [
-        threading.Thread(
-            target=lambda: results.extend(_backend.native.layers["lstm"](*given)[0] for _ in range(50))
-        )
+        threading.Thread(target=lambda: results.extend(_backend.native.layers["lstm"](*given)[0] for _ in range(50)))
         for _ in range(3)
     ]
     for thread in threads:
