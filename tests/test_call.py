@@ -5,34 +5,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from cases import data, module, parametrize, small
+from recording import Dispatches, Functions
 
 import fastrnn
-from fastrnn import _backend
-from tests.cases import data, module, parametrize, small
+from fastrnn import _backend, reference
 
 pytestmark = pytest.mark.usefixtures("native")
-
-
-class Functions(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-class Dispatches(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 class Logged(torch.Tensor):
@@ -45,12 +24,12 @@ class Logged(torch.Tensor):
 
 
 def arguments(cell: str, **changes: Any) -> list[Any]:
-    gates, states = {"rnn_tanh": (1, 1), "rnn_relu": (1, 1), "lstm": (4, 2), "gru": (3, 1)}[cell]
+    spec = reference.CELLS[cell]
     torch.manual_seed(0)
     values = {
         "input": torch.randn(5, 3, 7),
-        "hx": [torch.randn(1, 3, 17) for _ in range(states)],
-        "weights": [torch.randn(gates * 17, 7), torch.randn(gates * 17, 17)],
+        "hx": [torch.randn(1, 3, 17) for _ in range(spec.states)],
+        "weights": [torch.randn(spec.gates * 17, 7), torch.randn(spec.gates * 17, 17)],
         "lengths": None,
         "reset": None,
         "batch_sizes": None,
@@ -62,7 +41,7 @@ def arguments(cell: str, **changes: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("need_steps", [False, True])
-@pytest.mark.parametrize("cell", list(_backend.reference.CELLS))
+@pytest.mark.parametrize("cell", list(reference.CELLS))
 def test_results_are_those_of_the_op(cell, need_steps):
     changes = {"lengths": torch.tensor([5, 1, 3]), "reset": torch.rand(5, 3) < 0.3, "need_steps": need_steps}
     given = arguments(cell, **changes)
@@ -84,11 +63,9 @@ def test_gradients_flow():
 
 @pytest.mark.parametrize("place", ["input", "hx", "weights", "lengths", "reset", "batch_sizes"])
 def test_what_is_no_plain_tensor_is_left_to_torch_ops(place):
-    given = arguments("gru")
-    index = ["input", "hx", "weights", "lengths", "reset", "batch_sizes"].index(place)
     subclass = torch.randn(3).as_subclass(Logged)
     for strange in (subclass, "a string", 3):
-        given[index] = [strange] if place in ("hx", "weights") else strange
+        given = arguments("gru", **{place: [strange] if place in ("hx", "weights") else strange})
         assert _backend.native.layers["gru"](*given) is None
 
 

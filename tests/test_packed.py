@@ -3,8 +3,8 @@
 import pytest
 import torch
 from cases import data, module, outputs_and_gradients, parametrize, small, tensors
+from recording import Dispatches
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
-from torch.utils._python_dispatch import TorchDispatchMode
 
 LENGTHS = torch.tensor([2, 5, 1, 5, 3])
 CASES = small(num_layers=2, bidirectional=True, steps=5, batch=5) + small(steps=5, batch=5, hx=False)
@@ -65,16 +65,6 @@ def test_states_of_packed_rows(case, backend):
     torch.testing.assert_close(packed.output.data, pack(padded.output, LENGTHS).data)
 
 
-class Calls(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 @parametrize(small(num_layers=2, bidirectional=True, layout="unsorted"))
 def test_no_op_per_step_and_no_unpacking(case, native):
     """One op a layer, and the same few around it whatever the number of steps; backward too."""
@@ -85,7 +75,7 @@ def test_no_op_per_step_and_no_unpacking(case, native):
         packed = packed._replace(data=packed.data.requires_grad_())
         _, hx = data(case)
         net.zero_grad()
-        with Calls() as made:
+        with Dispatches() as made:
             net(packed, hx)[0].data.sum().backward()
         calls.append(made.names)
     assert calls[0] == calls[1]
