@@ -171,5 +171,5 @@ def _words(plan: dict[str, Any], prefix: str) -> str:
     if plan.get(f"{prefix}bf16"):
         words.append("products of bfloat16 with sums in float32")
     if plan.get(f"{prefix}fused_input"):
-        words.append("the input multiplied within the same tiles")
+        words.append("the input multiplied along with them")
     return ", ".join(words)

@@ -82,7 +82,7 @@ def small(**changes):
 
 
 def mostly_slow(cases):
-    """Every third as it is, with every pair of flags among them; the others slow."""
+    """Every third as it is, those of a table with every pair of flags among them; the others slow."""
     import pytest
 
     return [case if i % 3 == 0 else pytest.param(case, marks=pytest.mark.slow) for i, case in enumerate(cases)]

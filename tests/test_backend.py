@@ -180,7 +180,7 @@ def test_explain_asks_for_the_plan_that_runs(native, monkeypatch):
 
     monkeypatch.setattr(_backend, "native", Native)
     net, input = fastrnn.LSTM(3, 5), torch.randn(4, 2, 3)
-    assert "the input multiplied within the same tiles" in fastrnn.explain(net, input)
+    assert "the input multiplied along with them" in fastrnn.explain(net, input)
     for dtype in (torch.float64, torch.bfloat16):
         fastrnn.explain(net, input.to(dtype))
     fastrnn.explain(net, input.int())

@@ -10,7 +10,18 @@ import emulation
 import pytest
 import test_features
 import torch
-from cases import Case, data, module, outputs_and_gradients, parametrize, row_lengths, small, table, tensors
+from cases import (
+    Case,
+    data,
+    module,
+    mostly_slow,
+    outputs_and_gradients,
+    parametrize,
+    row_lengths,
+    small,
+    table,
+    tensors,
+)
 from test_modules import compare
 from test_native import layer_arguments
 
@@ -82,7 +93,7 @@ def test_lengths_and_resets(case, which, device):
 
 
 @pytest.mark.parametrize("which", test_features.OPTIONS)
-@parametrize(small(dtype=torch.float64, steps=4, inputs=2, hidden=2, num_layers=2, bidirectional=True))
+@parametrize(mostly_slow(small(dtype=torch.float64, steps=4, inputs=2, hidden=2, num_layers=2, bidirectional=True)))
 def test_derivatives(case, which, device):
     test_features.check_derivatives(case, which, device)
 
@@ -116,7 +127,7 @@ def test_same_bits_every_run(case, device):
 
 
 @pytest.mark.parametrize("features", [False, True], ids=["plain", "lengths and reset"])
-@parametrize(small(bidirectional=True) + small(layout="batch_first", hx=False))
+@parametrize(mostly_slow(small(bidirectional=True) + small(layout="batch_first", hx=False)))
 def test_opcheck(case, features, device):
     op = getattr(torch.ops.fastrnn, f"{case.kind.removesuffix('_proj')}_layer").default
     shape = (case.batch, case.steps) if case.batch_first else (case.steps, case.batch)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import data, module, outputs_and_gradients, parametrize, small, tensors, threads
+from cases import data, module, mostly_slow, outputs_and_gradients, parametrize, small, tensors, threads
 from tolerance import check, worst
 
 import fastrnn
@@ -106,7 +106,7 @@ def compare_apart(case, which, backend, device="cpu"):
 
 
 @pytest.mark.parametrize("which", OPTIONS)
-@parametrize(TABLE + [replace(case, dtype=torch.float64) for case in TABLE[5:15]])
+@parametrize(mostly_slow(TABLE + [replace(case, dtype=torch.float64) for case in TABLE[5:15]]))
 def test_against_segments_apart(case, which, backend):
     compare_apart(case, which, backend)
 
@@ -140,8 +140,10 @@ def check_derivatives(case, which, device="cpu"):
 
 @pytest.mark.parametrize("which", OPTIONS)
 @parametrize(
-    small(dtype=torch.float64, steps=4, inputs=2, hidden=2, num_layers=2, bidirectional=True)
-    + small(dtype=torch.float64, steps=4, inputs=2, hidden=2, layout="batch_first")
+    mostly_slow(
+        small(dtype=torch.float64, steps=4, inputs=2, hidden=2, num_layers=2, bidirectional=True)
+        + small(dtype=torch.float64, steps=4, inputs=2, hidden=2, layout="batch_first")
+    )
 )
 def test_gradcheck(case, which, backend):
     check_derivatives(case, which)

@@ -93,6 +93,7 @@ def chosen(native, scan):
     return native.cuda_plan("lstm", 4, 3, 7, training=scan != "inference", backward=scan == "backward")
 
 
+@pytest.mark.slow
 @needs_emulation
 def test_tune(tmp_path, plans):
     """The sweep writes what the plan reads; run again, it measures nothing twice and writes the table anew."""

@@ -35,7 +35,7 @@ CODE = """
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", ["default", pytest.param("avx2", marks=pytest.mark.slow), "avx512"])
 def test_rule_on_every_capability(capability, dtype, native):
     """Forward and backward, by the rule of tolerance.py against torch's own 16-bit error."""
     order = ["default", "avx2", "avx512"]

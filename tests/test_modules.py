@@ -7,6 +7,8 @@ from tolerance import check
 
 import fastrnn
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 
 def compare(case, backend, device="cpu"):
     with threads(2 if backend == "native" else 1):
@@ -54,6 +56,21 @@ def test_chunks_of_weights(case, native):
     expected = net(input, hx)
     with torch.no_grad():  # nothing saved: the scan may multiply the input itself
         torch.testing.assert_close(net(input, hx), expected)
+
+
+# Few rows, and few steps or weights beyond any L2: nothing is packed.
+AS_THEY_LIE = [
+    *small(steps=3, batch=3, hidden=17, layout="unsorted", bidirectional=True),
+    *small(steps=2, batch=1, hidden=129, dtype=torch.bfloat16),
+    *(Case(kind, steps=5, inputs=17, hidden=1201) for kind in ("rnn_tanh", "lstm", "gru")),
+    *(Case("lstm_proj", steps=7, batch=1, inputs=17, hidden=1201, dtype=dtype) for dtype in DTYPES),
+]
+
+
+@parametrize(AS_THEY_LIE)
+def test_weights_as_they_lie(case, native):
+    assert "read as they lie" in fastrnn.explain(module(case), *data(case))
+    compare(case, native)
 
 
 @parametrize(small(num_layers=2, bidirectional=True, steps=7, hidden=17))

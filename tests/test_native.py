@@ -6,7 +6,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cases import Case, data, module, outputs_and_gradients, parametrize, row_lengths, small, tensors, threads
+from cases import (
+    Case,
+    data,
+    module,
+    mostly_slow,
+    outputs_and_gradients,
+    parametrize,
+    row_lengths,
+    small,
+    tensors,
+    threads,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastrnn
@@ -67,7 +78,7 @@ def layer_arguments(case, lengths, reset, grad, device="cpu"):
 
 
 @pytest.mark.parametrize("features", [False, True], ids=["plain", "lengths and reset"])
-@parametrize(small(bidirectional=True) + small(layout="batch_first", hx=False))
+@parametrize(mostly_slow(small(bidirectional=True) + small(layout="batch_first", hx=False)))
 def test_opcheck(case, features, native):
     """torch's checks of schema, autograd registration, fake tensors and AOT dispatch."""
     op = getattr(torch.ops.fastrnn, f"{case.kind.removesuffix('_proj')}_layer").default
@@ -84,7 +95,7 @@ def train(function, net, *arguments):
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@parametrize(small(num_layers=2, bidirectional=True) + small(layout="batch_first", hx=False))
+@parametrize(mostly_slow(small(num_layers=2, bidirectional=True) + small(layout="batch_first", hx=False)))
 def test_compile_in_one_graph(case, dynamic, native):
     torch._dynamo.reset()
     net = module(case)

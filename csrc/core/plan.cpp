@@ -9,8 +9,13 @@ namespace {
 constexpr double kFlopsPerMicrosecond = 50e3;
 constexpr double kRegionMicroseconds = 4;     // to open a parallel region
 constexpr double kBarrierMicroseconds = 0.3;  // one barrier, the other core a little late
-// Dot products read the weights once for a few rows. A product by GEMM wants them converted first, if they are 16 bits wide.
-constexpr int64_t kNaturalRows = 4, kNaturalRowsOf16Bit = 16;
+// Dot products over the weights as they lie read them once for a few rows, and need no packing. Tiles are faster, and make
+// up for it in the more steps the further away the weights are: those that come from memory come no faster packed. Of 16
+// bits, which are packed as float32, they come twice as fast as they lie.
+constexpr int64_t kNaturalRows = 4, kNaturalRowsOf16Bit = 16;  // the latter of one step
+constexpr int64_t kNaturalWithinL2 = 3, kNaturalBeyondL2 = 16, kNaturalFromMemory = 64;  // steps
+constexpr int64_t kMemoryBytes = 12 << 20;  // the caches beyond L2 are shared
+constexpr int64_t kNaturalInputsOf16Bit = 6;  // steps for which W_ih is not worth converting for a GEMM
 constexpr int64_t kOwnRows = 16;  // of a member, from which it uses the weights often enough to have all of them
 // From so many rows on, a step reuses w_ih enough to multiply x within the tiles. Where the weights come from beyond L2
 // at every step it takes more of them, by the part of them that is w_ih, and by what separate gates take from a tile.
@@ -23,11 +28,25 @@ int64_t weight_bytes(const CpuProblem& p) {
   return p.gates * p.shape.units * (p.shape.inputs + p.shape.outputs) * p.element_size;
 }
 
+// Are dot products over the weights as they lie the better way?
+bool reads_as_stored(const CpuProblem& p, const CpuMachine& machine) {
+  const bool narrow = p.weight_size < p.element_size;
+  if (p.steps <= 1) return p.batch <= (narrow ? kNaturalRowsOf16Bit : kNaturalRows);
+  if (p.batch > kNaturalRows) return false;
+  const int64_t shares = std::clamp<int64_t>(p.shape.units / kUnitsPerShare, 1,
+                                             std::max(1, machine.threads / p.directions));
+  const int64_t packed = p.gates * p.shape.units * p.shape.outputs * p.element_size / shares;
+  if (packed <= machine.l2_bytes) return p.steps <= kNaturalWithinL2;
+  if (narrow && packed >= 2 * machine.l2_bytes) return true;
+  return p.steps <= (packed < kMemoryBytes ? kNaturalBeyondL2 : kNaturalFromMemory);
+}
+
 void share_work(const CpuProblem& p, const CpuMachine& machine, CpuPlan& plan) {
   const LayerShape& s = p.shape;
   const int threads = machine.threads;
   if (threads <= 1) return;
-  const double inputs = plan.recurrent == Recurrent::kNatural ? static_cast<double>(s.inputs) : 0;
+  const bool dots = plan.recurrent == Recurrent::kNatural && plan.fused_input;
+  const double inputs = dots ? static_cast<double>(s.inputs) : 0;
   double step = 2.0 * static_cast<double>(p.batch * s.units) *
                 (p.gates * (inputs + (plan.recurrent == Recurrent::kProduct ? 0.0 : static_cast<double>(s.outputs))) +
                  (s.projected ? static_cast<double>(s.outputs) : 0.0)) /
@@ -60,14 +79,16 @@ void share_work(const CpuProblem& p, const CpuMachine& machine, CpuPlan& plan) {
 
 CpuPlan plan_cpu(const CpuProblem& p, const CpuMachine& machine) {
   CpuPlan plan;
-  const bool one_step = p.steps == 1 && !p.backward;
-  if (one_step && p.batch <= (p.weight_size == 2 ? kNaturalRowsOf16Bit : kNaturalRows)) {
-    plan.recurrent = Recurrent::kNatural;
-  } else if (one_step && !p.shape.projected) {
-    plan.recurrent = Recurrent::kProduct;
+  plan.bf16 = machine.bf16 && p.bf16 && p.batch >= kBf16Rows && p.element_size == sizeof(float) && p.steps > 1;
+  if (!p.backward && !plan.bf16) {
+    if (reads_as_stored(p, machine)) {
+      plan.recurrent = Recurrent::kNatural;
+      const int64_t steps = p.weight_size < p.element_size ? kNaturalInputsOf16Bit : 1;
+      plan.fused_input = p.steps <= steps || weight_bytes(p) <= machine.l2_bytes;
+    } else if (p.steps == 1 && !p.shape.projected) {
+      plan.recurrent = Recurrent::kProduct;
+    }
   }
-  plan.bf16 = machine.bf16 && p.bf16 && plan.recurrent == Recurrent::kPacked && p.batch >= kBf16Rows &&
-              p.element_size == sizeof(float) && (p.steps > 1 || !p.backward);
   share_work(p, machine, plan);
   if (plan.bf16) {
     plan.fused_input = !p.backward;

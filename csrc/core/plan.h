@@ -29,7 +29,7 @@ struct CpuProblem {
 
 struct CpuPlan {
   Recurrent recurrent = Recurrent::kPacked;
-  bool fused_input = false;  // the scan multiplies the input too, in the same tiles: no buffer of projections
+  bool fused_input = false;  // the scan multiplies the input too: no buffer of projections
   int threads = 1;           // of the region, all directions together
   bool shard_units = false;  // members share the units, with a barrier a step; else they share the batch
   bool bf16 = false;         // products of bfloat16 in place of the tiles; forward, of the input too

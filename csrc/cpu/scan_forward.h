@@ -34,7 +34,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   struct Row {
     const T* h;  // [outputs] the state that enters
     const T* state;  // [H] the element state that enters
-    const T* input;  // [I] kNatural or fused input only
+    const T* input;  // [I] fused input only
     const T* product;  // [G*H] kProduct only
     T* gates;  // [G*H] the input projection; with save, the reserve; null if neither
     T* activation;  // [H] projected only: o tanh(c), before the projection
@@ -457,20 +457,21 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     for (int u = 0; u < kUnitVectors; ++u) {
       const int64_t j = block * kUnits + u * kLanes, count = std::min<int64_t>(kLanes, units - j);
       if (count <= 0) return;
-      T inputs[kGates][kRows][kLanes] = {}, recurrent[kGates][kRows][kLanes] = {};
+      T inputs[kGates][kRows][kLanes], recurrent[kGates][kRows][kLanes];
       const auto multiply = [&](T(*sums)[kRows][kLanes], const Stored<T>& matrix, const T* const(&x)[kRows],
                                 int64_t depth) {
         with_stored(matrix, [&](const auto* w) {
           for (int g = 0; g < kGates; ++g) dots(sums[g], w + (g * units + j) * depth, x, depth, count);
         });
       };
-      multiply(inputs, p_.w_ih, input, shape_.inputs);
+      if (scan_.plan.fused_input) multiply(inputs, p_.w_ih, input, shape_.inputs);
       multiply(recurrent, p_.w_hh, h, shape_.outputs);
       for (int r = 0; r < kRows; ++r) {
         Several<T, 1> gate[kGates + kSeparate];
         for (int g = 0; g < kGates; ++g) {
-          const V product = load(recurrent[g][r], kLanes);
-          gate[g].v[0] = bias(g, j, count) + load(inputs[g][r], kLanes);
+          const V product = load(recurrent[g][r], count);
+          const T* from = scan_.plan.fused_input ? inputs[g][r] : rows[r].gates + g * units + j;
+          gate[g].v[0] = bias(g, j, count) + load(from, count);
           if (g < kAdding) {
             gate[g].v[0] = gate[g].v[0] + product;
           } else {

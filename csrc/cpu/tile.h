@@ -204,8 +204,8 @@ FASTRNN_INLINE void accumulate(Vec<T> (&sum)[kRows][kVectors], const Packed<T>& 
   }
 }
 
-// sum[i][n] = the dot product of row i of w with x[n]. W is T, or 16 bits wide.
-template <int kRows, int kInputs, class T, class W>
+// sum[i][n] = the dot product of row i of w with x[n]. W is T, or 16 bits wide. kAhead: the rows behind these are next.
+template <int kRows, bool kAhead, int kInputs, class T, class W>
 FASTRNN_INLINE void dot(T (&sum)[kRows][kInputs], const W* w, const T* const (&x)[kInputs], int64_t depth) {
   using V = Vec<T>;
   V s[kRows][kInputs];
@@ -217,6 +217,7 @@ FASTRNN_INLINE void dot(T (&sum)[kRows][kInputs], const W* w, const T* const (&x
 #pragma GCC unroll 32
     for (int i = 0; i < kRows; ++i) {
       const V weight = load(w + i * depth + k, count);
+      if constexpr (kAhead) __builtin_prefetch(w + (i + kRows) * depth + k, 0, 3);
 #pragma GCC unroll 32
       for (int n = 0; n < kInputs; ++n) s[i][n] = at::vec::fmadd(in[n], weight, s[i][n]);
     }
@@ -241,16 +242,21 @@ template <int kInputs, class T, class W>
 [[gnu::noinline]] void dots(T (*sum)[Vec<T>::size()], const W* w, const T* const (&x)[kInputs], int64_t depth,
                             int64_t count) {
   constexpr int kTogether = 4;
-  const auto rows = [&]<int kRows>(int64_t first) {
+  // The processor itself reads no further ahead than to the end of a page: a quarter of that, and asking early pays.
+  constexpr int64_t kLongRow = 1024;  // bytes
+  const auto rows = [&]<int kRows, bool kAhead>(int64_t first) {
     T part[kRows][kInputs];
-    dot(part, w + first * depth, x, depth);
+    dot<kRows, kAhead>(part, w + first * depth, x, depth);
     for (int i = 0; i < kRows; ++i) {
       for (int n = 0; n < kInputs; ++n) sum[n][first + i] = part[i][n];
     }
   };
   int64_t i = 0;
-  for (; i + kTogether <= count; i += kTogether) rows.template operator()<kTogether>(i);
-  for (; i < count; ++i) rows.template operator()<1>(i);
+  if (depth * static_cast<int64_t>(sizeof(W)) >= kLongRow) {
+    for (; i + kTogether <= count; i += kTogether) rows.template operator()<kTogether, true>(i);
+  }
+  for (; i + kTogether <= count; i += kTogether) rows.template operator()<kTogether, false>(i);
+  for (; i < count; ++i) rows.template operator()<1, false>(i);
 }
 
 // Calls f.template operator()<n>() for the run-time n in 1..kMax.

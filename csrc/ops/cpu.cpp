@@ -120,7 +120,7 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList 
   for (const Tensor& state : stored_hx) hx.push_back(as<T>(state));
   const auto options = input.options().dtype(scalar_type<T>);
   const Scan scan = make_scan(kind, l, z, table, storage_of(input), false);
-  const bool projects = scan.plan.recurrent == Recurrent::kNatural || scan.plan.fused_input;
+  const bool projects = scan.plan.fused_input;
   const int64_t directions = l.directions, total = table.total();
   LayerResult result(kind, z, input.sizes(), options, need_steps);
 

@@ -325,20 +325,18 @@ template <class Cell>
 void test_scan(bool projected) {
   const CpuPlan one{Recurrent::kPacked, false, 1, false}, fused{Recurrent::kPacked, true, 1, false};
   const CpuPlan units{Recurrent::kPacked, false, 2, true}, rows{Recurrent::kPacked, true, 2, false};
-  const CpuPlan natural{Recurrent::kNatural, false, 1, false};
+  const CpuPlan natural{Recurrent::kNatural, false, 1, false}, natural_input{Recurrent::kNatural, true, 1, false};
+  const CpuPlan natural_units{Recurrent::kNatural, false, 2, true};
   for (const bool reverse : {false, true}) {
     for (const bool ragged : {false, true}) {
       unsigned seed = 10;
       for (const int64_t h : {1, 3, 17, 129}) {
         for (const int64_t n : {1, 3, 17}) {
           Problem<Cell> problem(++seed, 5, n, h, reverse, projected, ragged);
-          for (const CpuPlan& plan : {one, fused, units, rows}) {
+          for (const CpuPlan& plan : {one, fused, units, rows, natural, natural_input, natural_units}) {
             problem.forward(plan);
             problem.check_against_loop();
           }
-          Problem<Cell> single(++seed, 1, n, h, reverse, projected, ragged);
-          single.forward(natural);
-          single.check_against_loop();
         }
       }
       Problem<Cell> small(++seed, 4, 3, 5, reverse, projected, ragged);

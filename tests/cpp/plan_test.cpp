@@ -21,10 +21,11 @@ void test_plan() {
                   const CpuPlan plan = plan_cpu(problem, {threads, 1 << 20});
                   CHECK(plan.threads >= 1 && plan.threads <= threads);
                   CHECK(!plan.shard_units || plan.threads / directions <= units);
-                  // as they lie, weights are read once a row: only for one step of a few rows
-                  CHECK(plan.recurrent != Recurrent::kNatural || (steps == 1 && batch <= 4 && !backward));
+                  // as they lie, weights are read once a row: only for a few rows
+                  CHECK(plan.recurrent != Recurrent::kNatural || (batch <= 4 && !backward));
+                  CHECK(plan.recurrent == Recurrent::kNatural || steps > 1 || batch > 4 || backward);
                   CHECK(plan.recurrent != Recurrent::kProduct || (steps == 1 && !projected && !backward));
-                  CHECK(!plan.fused_input || plan.recurrent == Recurrent::kPacked);
+                  CHECK(!plan.fused_input || plan.recurrent != Recurrent::kProduct);
                   CHECK(!(ragged && directions == 1 && plan.threads > 1) || plan.shard_units);
                 }
               }
@@ -48,13 +49,24 @@ void test_plan() {
   CHECK(!fused(0, 15, 256, 256) && fused(0, 16, 256, 256) && !fused(1, 31, 256, 256) && fused(1, 32, 256, 256));
   CHECK(fused(0, 12, 100, 300) && !fused(0, 23, 900, 256));
   CHECK(fused(0, 2, 8, 512) && !fused(0, 2, 9, 512));
-  // weights of 16 bits are read as they lie for more rows
-  for (const int64_t batch : {4, 5, 16, 17}) {
-    CpuProblem step{4, 0, 1, batch, {64, 64, 64, false}, 1, 4, false, false};
-    CHECK((plan_cpu(step, {1, 1 << 20}).recurrent == Recurrent::kNatural) == (batch <= 4));
-    step.weight_size = 2;
-    CHECK((plan_cpu(step, {1, 1 << 20}).recurrent == Recurrent::kNatural) == (batch <= 16));
-  }
+  // a few rows read the weights as they lie until packing would have paid, and those of 16 bits more of them: any number
+  // where they come from beyond L2
+  const auto natural = [](int64_t steps, int64_t batch, int64_t units, int weight_size, int threads = 1) {
+    const CpuProblem problem{4, 0, steps, batch, {units, units, units, false}, 1, 4, false, false, weight_size};
+    return plan_cpu(problem, {threads, 1 << 20}).recurrent == Recurrent::kNatural;
+  };
+  CHECK(natural(1, 4, 64, 4) && !natural(1, 5, 64, 4) && natural(3, 4, 64, 4) && !natural(4, 1, 64, 4));
+  CHECK(natural(16, 1, 300, 4) && !natural(17, 1, 300, 4) && !natural(2, 5, 300, 4));
+  CHECK(natural(64, 4, 1024, 4) && !natural(65, 1, 1024, 4));
+  CHECK(natural(16, 1, 1024, 4, 2) && !natural(17, 1, 1024, 4, 2) && !natural(4, 1, 1024, 4, 16));
+  CHECK(natural(1, 16, 64, 2) && !natural(1, 17, 64, 2) && !natural(2, 5, 64, 2) && !natural(4, 1, 64, 2));
+  CHECK(natural(1000, 4, 512, 2) && !natural(1000, 5, 512, 2));
+  // and so is W_ih, unless one GEMM for all steps is worth it
+  const auto dots = [](int64_t steps, int64_t units, int weight_size) {
+    const CpuProblem problem{4, 0, steps, 1, {units, units, units, false}, 1, 4, false, false, weight_size};
+    return plan_cpu(problem, {1, 1 << 20}).fused_input;
+  };
+  CHECK(dots(1, 1024, 4) && dots(3, 64, 4) && !dots(2, 1024, 4) && dots(6, 1024, 2) && !dots(7, 1024, 2));
   const CpuProblem tiny{1, 0, 2, 1, {4, 4, 4, false}, 1, 4, false, false};
   CHECK(plan_cpu(tiny, {2, 1 << 21}).threads == 1);
 }
