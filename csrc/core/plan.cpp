@@ -13,7 +13,7 @@ constexpr double kBarrierMicroseconds = 0.3;  // one barrier, the other core a l
 // up for it in the more steps the further away the weights are: those that come from memory come no faster packed. Of 16
 // bits, which are packed as float32, they come twice as fast as they lie.
 constexpr int64_t kNaturalRows = 4, kNaturalRowsOf16Bit = 16;  // the latter of one step
-constexpr int64_t kNaturalWithinL2 = 3, kNaturalBeyondL2 = 16, kNaturalFromMemory = 64;  // steps
+constexpr int64_t kNaturalWithinL2 = 3, kNaturalBeyondL2 = 12, kNaturalFromMemory = 64;  // steps
 constexpr int64_t kMemoryBytes = 12 << 20;  // the caches beyond L2 are shared
 constexpr int64_t kNaturalInputsOf16Bit = 6;  // steps for which W_ih is not worth converting for a GEMM
 constexpr int64_t kOwnRows = 16;  // of a member, from which it uses the weights often enough to have all of them
@@ -36,7 +36,7 @@ bool reads_as_stored(const CpuProblem& p, const CpuMachine& machine) {
   const int64_t shares = std::clamp<int64_t>(p.shape.units / kUnitsPerShare, 1,
                                              std::max(1, machine.threads / p.directions));
   const int64_t packed = p.gates * p.shape.units * p.shape.outputs * p.element_size / shares;
-  if (packed <= machine.l2_bytes) return p.steps <= kNaturalWithinL2;
+  if (packed <= machine.l2_bytes / 2) return p.steps <= kNaturalWithinL2;
   if (narrow && packed >= 2 * machine.l2_bytes) return true;
   return p.steps <= (packed < kMemoryBytes ? kNaturalBeyondL2 : kNaturalFromMemory);
 }
