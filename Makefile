@@ -56,9 +56,7 @@ test: lint test-cpp test-python ## Check format and lint, run the C++ and the Py
 test-full: $(VENV)/.dev ## Run what is slower: slow tests, the packages, the C++ tests under sanitizers
 	$(PYTEST) -m slow
 ifneq ($(FASTRNN_NATIVE),0)
-	$(PY) tools/native.py tests --sanitize
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(BIN)/ctest --test-dir build/cpp-tests-sanitize --output-on-failure --no-tests=error
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(PY) tools/native.py tests --sanitize
 endif
 
 # Needs nvcc, but no GPU and no CUDA torch: one is fetched (500 MB) and unpacked below build/.
@@ -77,7 +75,6 @@ lint: $(VENV)/.dev ## Check format, lint and types
 test-cpp: $(VENV)/.dev ## Build and run the C++ tests
 ifneq ($(FASTRNN_NATIVE),0)
 	$(PY) tools/native.py tests
-	$(BIN)/ctest --test-dir build/cpp-tests --output-on-failure --no-tests=error
 endif
 
 # The second run: the tests that choose no backend themselves, as on a machine without the native library. The CUDA

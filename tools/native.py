@@ -4,7 +4,7 @@ Used by setup.py (`pip install`), and by the Makefile as a program::
 
     python tools/native.py check                  # the tools that no package registry brings
     python tools/native.py build                  # fastrnn/_C in the source tree
-    python tools/native.py tests [--sanitize]     # the C++ tests; prints nothing that CMake and Ninja do not print
+    python tools/native.py tests [--sanitize]     # the C++ tests, built and run
     python tools/native.py limits                 # what only the benchmarks need: the limits of the machine,
     python tools/native.py scans                  # and scans whose instructions are counted
     python tools/native.py cuda-ops               # the CUDA half on an emulated GPU, for the tests
@@ -277,10 +277,15 @@ def _configure_and_build(build: Path, extra: list[str], target: str) -> None:
     run([cmake, "--build", str(build), "--target", target, "--parallel", jobs()])
 
 
-def build_library(extra: list[str] | None = None) -> Path:
+def library_build() -> tuple[Path, list[str]]:
+    """Return the folder of the library's build, and what configures it."""
+    return ROOT / "build" / build_tag(import_torch()), ["-DCMAKE_BUILD_TYPE=Release"]
+
+
+def build_library() -> Path:
     """Build the library and return its path (below build/, for the caller to copy)."""
-    build = ROOT / "build" / build_tag(import_torch())
-    configure_and_build(build, ["-DCMAKE_BUILD_TYPE=Release", *(extra or [])], "all")
+    build, extra = library_build()
+    configure_and_build(build, extra, "all")
     library = build / "lib" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not library.exists():
         raise BuildError(f"CMake built no {library.relative_to(ROOT)}: CMakeLists.txt does not use FASTRNN_OUTPUT_DIR")
@@ -352,14 +357,15 @@ def build_bench(target: str) -> None:
     configure_and_build(build, ["-DFASTRNN_BUILD_BENCH=ON", "-DCMAKE_BUILD_TYPE=Release"], target)
 
 
-def build_tests(sanitize: bool) -> Path:
-    """Build the C++ tests and return the folder in which ctest runs them."""
-    build = ROOT / "build" / ("cpp-tests-sanitize" if sanitize else "cpp-tests")
-    extra = ["-DFASTRNN_BUILD_TESTS=ON", f"-DCMAKE_BUILD_TYPE={'Sanitize' if sanitize else 'Release'}"]
+def run_tests(sanitize: bool) -> None:
+    """Build and run the C++ tests: from objects of the library, in its folder, or apart under sanitizers."""
     if sanitize:
-        extra.append(f"-DCMAKE_CXX_FLAGS={SANITIZERS}")
+        build = ROOT / "build" / "cpp-tests-sanitize"
+        extra = ["-DFASTRNN_BUILD_TESTS=ON", "-DCMAKE_BUILD_TYPE=Sanitize", f"-DCMAKE_CXX_FLAGS={SANITIZERS}"]
+    else:
+        build, extra = library_build()
     configure_and_build(build, extra, "fastrnn_cpp_tests")
-    return build
+    run([find_tool("ctest"), "--test-dir", str(build), "--output-on-failure", "--no-tests=error"])
 
 
 def main() -> None:
@@ -378,7 +384,7 @@ def main() -> None:
         elif arguments.command in ("limits", "scans"):
             build_bench(arguments.command)
         elif arguments.command == "tests":
-            build_tests(arguments.sanitize)
+            run_tests(arguments.sanitize)
         else:
             build_in_place()
     except BuildError as error:
