@@ -23,6 +23,11 @@ constexpr double kBlockBarrier = 40;
 constexpr double kProductLatency = 110;          // first operand read to last dependent sum
 constexpr double kCellLatency = 200;             // the chain of a cell, addresses and packing
 constexpr double kLaunchMicroseconds = 4;        // of a launch in a loop, its gap included
+// Of the whole GPU: from a word's store to its arrival in a register, a cell and what stands around it; and what a block
+// reads of the words, which all blocks read at the same time. Microseconds and bytes, as measured on an H200.
+constexpr double kGridLatency = 1.0, kGridCell = 0.4;
+constexpr double kGridMicrosecondsPerByte = 1.2e-5, kGridMicrosecondsPerSharedByte = 1.5e-7;
+constexpr double kMatrixProducts = 1260, kFloatProducts = 90;  // multiplications and additions a clock
 constexpr double kSpecialsOfCell = 2.5;          // exp2 and reciprocals for each gate of an element
 
 // The largest number of clusters at once. A cluster lies in one group of multiprocessors, and groups are not even: what
@@ -86,8 +91,8 @@ CudaPlan try_plan(const CudaProblem& p, const CudaDevice& device, int cluster, i
   if (p.backward) {  // all rows of W^T over the warps; the units of a block are its columns
     const int64_t warps = divide_up(p.units, int64_t{kMatrixRows} * row_tiles);
     const int64_t units = 8 * divide_up(all_octets, cluster);
-    constexpr int64_t kElements = int64_t{kElementsOfThread} * kPersistentWarps * 32;
-    if (warps > kPersistentWarps || units * kMatrixColumns * groups > kElements) return {};
+    const int64_t elements = int64_t{elements_of_thread(groups)} * kPersistentWarps * 32;
+    if (warps > kPersistentWarps || units * kMatrixColumns * groups > elements) return {};
     plan.warps = static_cast<int>(warps);
     plan.threads = kPersistentWarps * 32;
     plan.units = static_cast<int>(units);
@@ -119,6 +124,56 @@ CudaPlan try_plan(const CudaProblem& p, const CudaDevice& device, int cluster, i
   return plan;
 }
 
+// The same for a team of blocks with `octets` groups of 8 units each, which takes 8 * groups rows of the batch at a time.
+CudaPlan try_grid(const CudaProblem& p, const CudaDevice& device, int octets, int groups) {
+  const bool is_16_bit = p.element_size == 2;
+  const int64_t all_octets = divide_up(p.units, 8), columns = int64_t{kMatrixColumns} * groups;
+  const int64_t cluster = divide_up(all_octets, octets);
+  if (octets > all_octets || cluster * p.directions > device.multiprocessors) return {};
+  CudaPlan plan;
+  plan.exchange = Exchange::kGlobal;
+  plan.octets = octets;
+  plan.batch_groups = groups;
+  plan.cluster = plan.owners = static_cast<int>(cluster);
+  plan.threads = kPersistentWarps * 32;
+  plan.units = 8 * octets;
+  const int64_t rows_of_lane = grid_rows_of_lane(p.gates, octets, p.backward);
+  plan.row_tiles = is_16_bit ? grid_row_tiles(p.gates, octets, p.backward) : static_cast<int>(rows_of_lane);
+  plan.depth = static_cast<int>((p.backward ? p.gates : 1) * all_octets * 8);
+  const int64_t pairs = divide_up(plan.depth, 32);
+  plan.pairs = static_cast<int>(divide_up(pairs, kPersistentWarps));
+  plan.warps = static_cast<int>(divide_up(pairs, plan.pairs));
+  const int in_registers = is_16_bit ? grid_register_pairs(plan.row_tiles, groups) : 0;
+  plan.register_steps = 2 * in_registers;
+  plan.shared_steps = 2 * std::max(0, plan.pairs - in_registers);
+  plan.slices = static_cast<int>(divide_up(p.batch, columns));
+  plan.teams = static_cast<int>(std::min<int64_t>(plan.slices, device.multiprocessors / (cluster * p.directions)));
+  plan.clusters = plan.at_once = int64_t{plan.teams} * p.directions;
+  const int64_t visits = divide_up(plan.slices, plan.teams);
+
+  constexpr int64_t kFloat = 4, kStageColumns = 32;
+  const int64_t rows = is_16_bit ? int64_t{kMatrixRows} * plan.row_tiles : 8 * rows_of_lane;
+  const int64_t of_weights = is_16_bit ? int64_t{plan.shared_steps} * plan.row_tiles * kFragmentBytes
+                                       : plan.pairs * kStageColumns * rows * kFloat + kStageColumns * (columns + 4) * kFloat;
+  const int64_t states = visits * (p.backward ? 1 : 2) * plan.units * columns * kFloat;
+  const int64_t sums = plan.warps * rows * grid_sum_stride(groups) * kFloat;
+  const int64_t fixed = plan.warps * of_weights + states;
+  plan.buffers = fixed + 2 * sums <= device.shared_bytes ? 2 : 1;
+  plan.shared_bytes = fixed + plan.buffers * sums;
+  if (plan.shared_bytes > device.shared_bytes || int64_t{255} * plan.threads > device.register_words) return {};
+  plan.tier = Tier::kGrid;
+
+  // a visit's work, of which a step's exchange hides some where there are several
+  const double word_bytes = static_cast<double>(plan.depth * columns * p.element_size);
+  const double running = static_cast<double>(plan.blocks());
+  const double transfer = word_bytes * kGridMicrosecondsPerByte + word_bytes * running * kGridMicrosecondsPerSharedByte;
+  const double products = static_cast<double>(rows * plan.depth) * static_cast<double>(columns);
+  const double product = products / (is_16_bit ? kMatrixProducts : kFloatProducts) / (device.clock_ghz * 1e3);
+  const double visit = kGridCell + transfer + product;
+  plan.step_microseconds = std::max(kGridLatency + visit, static_cast<double>(visits) * visit);
+  return plan;
+}
+
 }  // namespace
 
 CudaDevice cuda_device(const std::string& name) {
@@ -133,28 +188,29 @@ CudaDevice cuda_device(const std::string& name) {
 
 std::vector<CudaPlan> persistent_plans(const CudaProblem& p, const CudaDevice& device) {
   std::vector<CudaPlan> plans;
-  // fp32 products have no tensor cores that keep their precision; projections come later
-  if (p.element_size != 2 || p.projected || p.batch < 1 || p.units < 1 || p.steps < 1) return plans;
+  const bool is_16_bit = p.element_size == 2;
+  if ((!is_16_bit && p.element_size != 4) || p.projected || p.batch < 1 || p.units < 1 || p.steps < 1) return plans;
   if (device.capability < 80) return plans;
-  const auto add = [&](int cluster, int octets, int row_tiles, int groups) {
+  const auto keep = [&](const CudaPlan& plan) {
+    if (plan.tier != Tier::kStepwise) plans.push_back(plan);
+  };
+  for (int octets = 1; octets <= (is_16_bit ? kGridOctets : grid_octets_32(p.gates)); ++octets) {
+    for (int groups = 1; groups <= 2; ++groups) keep(try_grid(p, device, octets, groups));
+  }
+  const auto add = [&](int cluster, int octets, int row_tiles) {
     const Exchange only = Exchange::kBlock;
     for (const Exchange exchange : {Exchange::kAsync, Exchange::kClusterBarrier}) {
-      const CudaPlan plan = try_plan(p, device, cluster, octets, row_tiles, groups, cluster == 1 ? only : exchange);
-      if (plan.tier != Tier::kStepwise) plans.push_back(plan);
+      keep(try_plan(p, device, cluster, octets, row_tiles, 1, cluster == 1 ? only : exchange));
       if (cluster == 1) break;
     }
   };
-  for (int cluster = 1; cluster <= 16; cluster *= 2) {
-    for (int groups = 1; groups <= 2; ++groups) {
-      if (p.backward) {
-        for (int tiles = least_backward_tiles(groups); tiles <= most_backward_tiles(p.gates); tiles += 2) {
-          add(cluster, 0, tiles, groups);
-        }
-      } else {
-        const int narrow = narrow_octets(p.gates);
-        for (int octets = narrow; octets <= (groups == 1 ? widest_octets(p.gates) : narrow); octets *= 2) {
-          add(cluster, octets, row_tiles_of(p.gates, octets), groups);
-        }
+  for (int cluster = 1; cluster <= (is_16_bit ? kMostBlocks : 0); cluster *= 2) {
+    if (p.backward) {
+      for (int tiles = 2; tiles <= most_backward_tiles(p.gates); tiles += 2) add(cluster, 0, tiles);
+    } else {
+      const int narrow = narrow_octets(p.gates);
+      for (int octets = narrow; octets <= widest_octets(p.gates); octets *= 2) {
+        add(cluster, octets, row_tiles_of(p.gates, octets));
       }
     }
   }

@@ -42,17 +42,19 @@ enum class Exchange {
   kBlock,  // one block: its own barrier
   kAsync,  // remote stores that count themselves in on an mbarrier of the receiver
   kClusterBarrier,  // remote stores and a barrier of the cluster: the reference
+  kGlobal,  // words in global memory that say by themselves that they have arrived
 };
-inline constexpr const char* kExchangeNames[] = {"block", "async", "cluster barrier"};
+inline constexpr const char* kExchangeNames[] = {"block", "async", "cluster barrier", "global"};
 
-// Who holds the recurrent weights for all T. A third tier, the whole GPU, will be one more value.
-enum class Tier { kStepwise, kBlock, kCluster };
-inline constexpr const char* kTierNames[] = {"stepwise", "block", "cluster"};
+// Who holds the recurrent weights for all T: a block, a cluster of blocks, or a team of blocks anywhere on the GPU, all teams
+// running at the same time.
+enum class Tier { kStepwise, kBlock, kCluster, kGrid };
+inline constexpr const char* kTierNames[] = {"stepwise", "block", "cluster", "grid"};
 
 struct CudaPlan {
   Tier tier = Tier::kStepwise;
   Exchange exchange = Exchange::kBlock;
-  int cluster = 1;  // blocks
+  int cluster = 1;  // blocks; of a team, for Tier::kGrid
   int owners = 1;  // of these, from the first on, that have units; the others only come to the cluster's barriers
   int threads = 0;  // of a block
   int warps = 0;  // of a block, that have products
@@ -64,7 +66,11 @@ struct CudaPlan {
   int register_steps = 0;  // 16 columns each, of a warp's weights that registers hold
   int shared_steps = 0;  // the rest
   int64_t shared_bytes = 0;  // of a block
-  int64_t clusters = 0;  // of the launch: batch slices times directions
+  int pairs = 0;  // kGrid: of k-steps, a warp's
+  int buffers = 1;  // kGrid: of sums
+  int teams = 0;  // kGrid: of a direction
+  int slices = 0;  // kGrid: of the batch, which the teams share
+  int64_t clusters = 0;  // of the launch: batch slices times directions; teams, for Tier::kGrid
   int64_t at_once = 0;  // clusters that the device runs at the same time, by its numbers alone
   double step_microseconds = 0;  // predicted, of one step of all clusters
 
@@ -73,12 +79,16 @@ struct CudaPlan {
   int64_t fragments(int directions) const {
     return int64_t{32} * directions * cluster * warps * row_tiles * (register_steps + shared_steps);
   }
+  // kGrid: words of 4 bytes through which all directions exchange their steps
+  int64_t ring_words(int directions, int element_size) const;
 };
 
 // --- What kernels and plan must agree on ------------------------------------------------------------------------------
 
 constexpr int kPersistentWarps = 8;  // at most: 255 registers a thread, one block a multiprocessor
-constexpr int kElementsOfThread = 4;  // backward: units times rows of the batch of a block, over its threads
+constexpr int kMostBlocks = 16;  // of a cluster
+// Backward: units times rows of the batch of a block, over its threads.
+constexpr int elements_of_thread(int batch_groups) { return 2 * batch_groups; }
 constexpr int kStepsAtOnce = 4;  // k-steps of 16 between two tests for the end of a product, weights in registers
 constexpr int kMatrixRows = 16;  // of an mma
 constexpr int kMatrixColumns = 8;  // of an mma: rows of the batch
@@ -96,8 +106,6 @@ constexpr int widest_octets(int gates) {
 constexpr int chains_of(int row_tiles, int batch_groups) { return row_tiles * batch_groups < 4 ? 2 : 1; }
 // Backward, 2, 4 or 6 row tiles a warp, 8 warps, have all units of what a cluster of 16 holds of a cell with several gates.
 constexpr int most_backward_tiles(int gates) { return gates > 1 ? 6 : 8; }
-// 16 rows of the batch pay for wide layers only.
-constexpr int least_backward_tiles(int batch_groups) { return 2 * batch_groups; }
 // k-steps whose fragments stay in registers: what is left of 255 by sums, operands, addresses and the cells of a lane.
 // nvcc says whether it is so (tests/test_cuda_compile.py): a spilled register is an error there.
 constexpr int register_steps_of(int row_tiles, int batch_groups, int of_cells) {
@@ -120,6 +128,37 @@ constexpr int forward_register_steps(int gates, int separate, int saved, int oct
 constexpr int backward_register_steps(int row_tiles, int batch_groups) {
   constexpr int kCarried = 24;
   return register_steps_of(row_tiles, batch_groups, kCarried);
+}
+
+// --- The same for Tier::kGrid -----------------------------------------------------------------------------------------
+
+constexpr int kRing = 32;  // steps whose words have a place of their own; a multiple of twice kFence (grid.cuh)
+constexpr int kGridOctets = 2;  // groups of 8 units of a block, at most
+
+// Row tiles of a block: its gates forward, its units backward.
+constexpr int grid_row_tiles(int gates, int octets, bool backward) {
+  return backward ? (octets + 1) / 2 : row_tiles_of(gates, octets);
+}
+// Pairs of k-steps whose operands are asked for together, twice ahead: 16 or 8 registers a time.
+constexpr int grid_pairs_at_once(int row_tiles, int batch_groups) {
+  return row_tiles > 2 ? (batch_groups == 1 ? 2 : 1) : 4 / batch_groups;
+}
+// Of weights in registers: what 255 leave for sums, operands, addresses and a cell.
+constexpr int grid_register_pairs(int row_tiles, int batch_groups) {
+  constexpr int kOthers = 88;
+  const int at_once = grid_pairs_at_once(row_tiles, batch_groups);
+  const int sums = 4 * row_tiles * batch_groups * (row_tiles * batch_groups < 4 ? 2 : 1);
+  const int pairs = (255 - kOthers - sums - 8 * at_once * batch_groups) / (8 * row_tiles);
+  return pairs / at_once * at_once;
+}
+// float32 has no tensor cores: rows of weights of a lane, 8 lanes have all.
+constexpr int grid_rows_of_lane(int gates, int octets, bool backward) { return backward ? octets : gates * octets; }
+// Few gates leave room for 16 units a block.
+constexpr int grid_octets_32(int gates) { return gates > 1 ? 1 : kGridOctets; }
+// Rows of 4 bytes between the sums of one row of weights and the next (grid.cuh).
+constexpr int grid_sum_stride(int batch_groups) { return batch_groups == 1 ? 8 : 24; }
+inline int64_t CudaPlan::ring_words(int directions, int element_size) const {
+  return int64_t{kRing} * directions * slices * depth * kMatrixColumns * batch_groups * element_size / 4;
 }
 
 // --- The plan ---------------------------------------------------------------------------------------------------------

@@ -93,8 +93,9 @@ TunedChoice choice_of(RowReader& row) {
   choice.cluster = row.number();
   const int rows = row.number();
   choice.row_tiles = row.number();
-  const bool alone = choice.tier == Tier::kBlock;
-  if (alone != (choice.cluster == 1) || alone != (choice.exchange == Exchange::kBlock)) {
+  const bool alone = choice.tier == Tier::kBlock, global = choice.tier == Tier::kGrid;
+  if ((!global && alone != (choice.cluster == 1)) || alone != (choice.exchange == Exchange::kBlock) ||
+      global != (choice.exchange == Exchange::kGlobal)) {
     row.fail("tier, exchange and cluster do not go together");
   }
   if (rows % kMatrixColumns != 0) row.fail("rows should be a multiple of " + std::to_string(kMatrixColumns));

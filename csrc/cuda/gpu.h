@@ -262,6 +262,17 @@ GPU_FN uint64_t load_relaxed_gpu(const uint64_t* p) {
 GPU_FN void store_relaxed_gpu(uint64_t* p, uint64_t value) {
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(value) : "memory");
 }
+// 16 bytes, of which each word by itself is as above.
+GPU_FN uint4 load_relaxed_gpu(const uint4* p) {
+  uint4 value;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(p)
+               : "memory");
+  return value;
+}
+// What the thread has read and written comes before what it will.
+GPU_FN void fence_gpu() { __threadfence(); }
 GPU_FN unsigned load_acquire_cluster(const unsigned* p) {
   unsigned value = 0;
   GPU_ASM_SM90("ld.acquire.cluster.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");

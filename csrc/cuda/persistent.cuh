@@ -6,91 +6,9 @@
 // clusters know nothing of each other, so no launch can wait for a block that does not run.
 #pragma once
 
-#include "gpu.h"
-#include "persistent.h"
+#include "cells.cuh"
 
 namespace fastrnn {
-
-// What a kernel gets; Step is StepForward or StepBackward.
-template <class Step>
-struct PersistentParams {
-  Step step;
-  CudaPlan plan;
-  const uint4* packed;  // [D, cluster, warps, steps, row_tiles, 32 lanes]
-  int64_t step_stride;
-  const int64_t* offset;
-};
-
-// The rows of the batch that a thread has, its columns, and where they lie.
-template <class Step>
-class Slice {
- public:
-  GPU_FN Slice(const PersistentParams<Step>& params, int first)
-      : p_(params), d_(static_cast<int>(blockIdx.y)), first_(first) {}
-
-  GPU_FN int direction() const { return d_; }
-  GPU_FN int n(int column) const { return first_ + column; }
-  // Valid steps; -1 beyond the batch.
-  GPU_FN int length(int column) const {
-    const StepTable& table = p_.step.table;
-    if (n(column) >= table.batch) return -1;
-    const int64_t length = table.lengths == nullptr ? table.steps : table.lengths[n(column)];
-    return static_cast<int>(length < table.steps ? length : table.steps);
-  }
-  // Steps that some row of the batch from the column on visits, padding included.
-  GPU_FN int64_t steps(int column) const { return packed() ? length(column) : p_.step.table.steps; }
-  // Has it no rows beyond the lengths?
-  GPU_FN bool packed() const { return p_.offset != nullptr; }
-  GPU_FN Sequence sequence(int column, int length) const {
-    const StepTable& table = p_.step.table;
-    return {length, table.reset == nullptr ? nullptr : table.reset + n(column) * table.reset_batch_stride,
-            table.reset_step_stride};
-  }
-  // Of a tensor [D, rows, *], the row of a step that there is.
-  GPU_FN int64_t row(int64_t t, int column) const {
-    const int64_t first = packed() ? gpu::load_readonly(p_.offset + t) : t * p_.step_stride;
-    return d_ * p_.step.table.total + first + n(column) * p_.step.table.batch_stride;
-  }
-  // Of a tensor [rows, D, H], at such a row.
-  GPU_FN int64_t of_rows(int64_t row, int unit) const {
-    return ((row - d_ * p_.step.table.total) * p_.step.table.directions + d_) * p_.step.units + unit;
-  }
-  // Of a tensor [D, N, H].
-  GPU_FN int64_t of_batch(int column, int unit) const {
-    return (d_ * p_.step.table.batch + n(column)) * p_.step.units + unit;
-  }
-
- private:
-  const PersistentParams<Step>& p_;
-  int d_, first_;
-};
-
-// The value type of the cells here: float32, with exp2 and reciprocal of the hardware (relative error about 2^-22) where
-// the standard library's functions would be the longest part of a step.
-struct Fast {
-  float value;
-  Fast() = default;
-  GPU_FN Fast(float v) : value(v) {}  // NOLINT: a number is one
-  friend GPU_FN Fast operator+(Fast a, Fast b) { return a.value + b.value; }
-  friend GPU_FN Fast operator-(Fast a, Fast b) { return a.value - b.value; }
-  friend GPU_FN Fast operator*(Fast a, Fast b) { return a.value * b.value; }
-};
-
-template <>
-struct Math<Fast> {
-  static constexpr float kLog2E = 1.4426950408889634f;
-  static GPU_FN Fast sigmoid(Fast x) { return gpu::reciprocal_approx(1.f + gpu::exp2_approx(-kLog2E * x.value)); }
-  // Around zero the quotient would cancel; beyond 0.25 it has lost at most three bits.
-  static GPU_FN Fast tanh(Fast x) {
-    const float v = x.value, square = v * v;
-    const float near = v +
-                       v * square * (-1.f / 3 + square * (2.f / 15 + square * (-17.f / 315 + square * (62.f / 2835))));
-    const float far = 1.f - 2.f * gpu::reciprocal_approx(1.f + gpu::exp2_approx(2 * kLog2E * v));
-    return fabsf(v) < 0.25f ? near : far;
-  }
-  static GPU_FN Fast relu(Fast x) { return x.value < 0.f ? 0.f : x.value; }
-  static GPU_FN Fast positive(Fast y) { return y.value <= 0.f ? 0.f : 1.f; }
-};
 
 // out [16 * kTiles, 8 * kGroups] = weights [16 * kTiles, depth] x operand [depth, 8 * kGroups], by one warp.
 template <class T, int kTiles, int kGroups, int kRegisterSteps>
@@ -193,12 +111,13 @@ class Product {
   uint4* shared_;
 };
 
-// The end of a step, by the thread of a block: everybody's part of the next step's operand is there.
+// The end of a step, by the thread of a block: everybody's part of the next step's operand is there. `shared` is the
+// block's dynamic shared memory: what is sent to another block arrives there at the place that it has here.
 class Turn {
  public:
-  // rank: of the block in its cluster; bars: [2] in shared memory.
-  GPU_FN Turn(const CudaPlan& plan, int rank, uint64_t* bars)
-      : exchange_(plan.exchange), owner_(rank < plan.owners), bars_(bars) {
+  // rank: of the block in its cluster; bars: [2], behind the rest of `shared`.
+  GPU_FN Turn(const CudaPlan& plan, int rank, unsigned char* shared, uint64_t* bars)
+      : exchange_(plan.exchange), owner_(rank < plan.owners), shared_(shared), bars_(bars) {
     if (exchange_ == Exchange::kAsync && threadIdx.x == 0) {
       gpu::mbarrier_init(bars, 1);
       gpu::mbarrier_init(bars + 1, 1);
@@ -213,14 +132,14 @@ class Turn {
     }
   }
   // What comes for step s will have so many bytes.
-  GPU_FN void expect(int64_t s, unsigned bytes) const {
+  GPU_FN void expect(int s, unsigned bytes) const {
     if (exchange_ == Exchange::kAsync && owner_ && threadIdx.x == 0) gpu::mbarrier_arrive_expect(bar(s), bytes);
   }
   // Before and after what does not depend on the others.
   GPU_FN void arrive() const {
     if (exchange_ == Exchange::kClusterBarrier) gpu::cluster_arrive();
   }
-  GPU_FN void wait(int64_t s) const {
+  GPU_FN void wait(int s) const {
     if (exchange_ == Exchange::kBlock) {
       gpu::syncthreads();
     } else if (exchange_ == Exchange::kAsync) {
@@ -229,23 +148,31 @@ class Turn {
       gpu::cluster_wait();
     }
   }
-  // One value for block `to`, at the place of `own` there, needed in step s.
+  // The shared memory of block `to`. Asked for once, where that does not change.
+  GPU_FN gpu::ClusterAddress peer(int to) const {
+    return exchange_ == Exchange::kBlock ? gpu::ClusterAddress{0} : gpu::cluster_map(shared_, to);
+  }
+  // One value for a peer, at the place of `own` there, needed in step s.
   template <class V>
-  GPU_FN void send(V* own, V value, int to, int64_t s) const {
+  GPU_FN void send(V* own, V value, gpu::ClusterAddress peer, int s) const {
     if (exchange_ == Exchange::kBlock) {
       *own = value;
     } else if (exchange_ == Exchange::kAsync) {
-      gpu::st_async(gpu::cluster_map(own, to), value, gpu::cluster_map(bar(s), to));
+      gpu::st_async(peer + offset(own), value, peer + offset(bar(s)));
     } else {
-      gpu::remote_store(gpu::cluster_map(own, to), value);
+      gpu::remote_store(peer + offset(own), value);
     }
   }
 
  private:
+  GPU_FN int offset(const void* own) const {
+    return static_cast<int>(static_cast<const unsigned char*>(own) - shared_);
+  }
   // Steps 1, 3, 5... have the second, 2, 4, 6... the first.
-  GPU_FN uint64_t* bar(int64_t s) const { return bars_ + s % 2; }
+  GPU_FN uint64_t* bar(int s) const { return bars_ + s % 2; }
   Exchange exchange_;
   bool owner_;  // to a block without units nobody sends
+  unsigned char* shared_;
   uint64_t* bars_;
 };
 

@@ -1,23 +1,31 @@
-// The backward scan's instantiations for every cell, 16-bit type and tile, 8 rows of the batch a cluster.
+// The backward scan's instantiations for every cell, 16-bit type and tile.
 #include "persistent_backward.cuh"
 
 namespace fastrnn {
 namespace {
 
-PersistentKernel<StepBackward> kernel_of(CellKind kind, Storage storage, const CudaPlan& plan) {
-  return plan.batch_groups == 1 ? choose_kernel<BackwardKernels<1>>(kind, storage, plan)
-                                : backward_kernel_of_16_rows(kind, storage, plan);
-}
+struct Kernels {
+  using Kernel = PersistentKernel<StepBackward>;
+
+  template <class Cell, class T, int kTiles = 2>
+  static Kernel of(const CudaPlan& plan) {
+    if (plan.row_tiles == kTiles) return persistent_backward_kernel<Cell, T, kTiles, 1>;
+    if constexpr (kTiles < most_backward_tiles(Cell::kGates)) {
+      return of<Cell, T, kTiles + 2>(plan);
+    }
+    return nullptr;
+  }
+};
 
 }  // namespace
 
 bool can_run_backward(CellKind kind, Storage storage, const CudaPlan& plan) {
-  return can_run(kernel_of(kind, storage, plan), plan);
+  return can_run(choose_kernel<Kernels>(kind, storage, plan), plan);
 }
 
 void persistent_backward(CellKind kind, Storage storage, const StepBackward& params, const PersistentScan& scan,
                          void* stream) {
-  run_scan(kernel_of(kind, storage, scan.plan), traits(kind).gates, params, scan, stream);
+  run_scan(choose_kernel<Kernels>(kind, storage, scan.plan), traits(kind).gates, params, scan, stream);
 }
 
 }  // namespace fastrnn

@@ -11,7 +11,6 @@ struct Kernels {
   template <class Cell, class T>
   static Kernel of(const CudaPlan& plan) {
     constexpr int kNarrow = narrow_octets(Cell::kGates);
-    if (plan.batch_groups == 2) return persistent_forward_kernel<Cell, T, kNarrow, 2>;
     return plan.octets == kNarrow ? persistent_forward_kernel<Cell, T, kNarrow, 1>
                                   : persistent_forward_kernel<Cell, T, widest_octets(Cell::kGates), 1>;
   }

@@ -1,9 +1,11 @@
 #include "ops/persistent.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <c10/util/Exception.h>
 
 #include <cstdlib>
+#include <limits>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -13,18 +15,27 @@
 namespace fastrnn {
 namespace {
 
-constexpr const char* kDefaultWish = "stepwise";  // "auto" once the persistent kernels have run on a GPU
+constexpr const char* kDefaultWish = "auto";
 
 std::string wish() {
   const char* variable = std::getenv("FASTRNN_CUDA_PLAN");
   return variable == nullptr ? kDefaultWish : variable;
 }
 
+int bytes_of(Storage storage) {
+  return storage == Storage::kDouble ? 8 : storage == Storage::kFloat ? 4 : 2;
+}
+
+// Kernels count rows and steps in 32 bits.
+bool rows_fit(const StepTable& table) {
+  constexpr int64_t kMost = std::numeric_limits<int>::max();
+  return table.steps < kMost && table.batch < kMost && table.total < kMost / table.directions;
+}
+
 template <class Step>
 CudaPlan plan_of(CellKind kind, Storage storage, const CudaDevice& device, const Step& p) {
   constexpr bool kBackward = std::is_same_v<Step, StepBackward>;
   const CellTraits& cell = traits(kind);
-  const bool is_16_bit = storage == Storage::kHalf || storage == Storage::kBFloat16;
   bool training = true;
   if constexpr (!kBackward) training = p.save;
   const CudaProblem problem{
@@ -35,7 +46,7 @@ CudaPlan plan_of(CellKind kind, Storage storage, const CudaDevice& device, const
       .batch = p.table.batch,
       .units = p.units,
       .directions = p.table.directions,
-      .element_size = is_16_bit ? 2 : 4,
+      .element_size = bytes_of(storage),
       .projected = p.projected,
       .training = training,
       .backward = kBackward,
@@ -46,7 +57,8 @@ CudaPlan plan_of(CellKind kind, Storage storage, const CudaDevice& device, const
 // Whether the scan goes step by step, the device having no room for the plan.
 bool falls_back(const CudaPlan& plan, bool can_run) {
   TORCH_CHECK(can_run || !wish().starts_with("persistent:"), "FASTRNN_CUDA_PLAN=", wish(),
-              " cannot run: this device has ", "no room for a cluster of ", plan.cluster, " blocks with ",
+              " cannot run: this device has no room for ", plan.tier == Tier::kGrid ? plan.blocks() : plan.cluster,
+              plan.tier == Tier::kGrid ? " blocks at the same time with " : " blocks of a cluster with ",
               plan.shared_bytes, " bytes of shared memory each");
   return !can_run;
 }
@@ -57,16 +69,20 @@ bool run(CellKind kind, Storage storage, const Gpu& gpu, const Layout& l, const 
   constexpr bool kBackward = std::is_same_v<Step, StepBackward>;
   PersistentScan scan;
   scan.plan = plan_of(kind, storage, gpu.device, p);
-  if (scan.plan.tier == Tier::kStepwise) return false;
-  const auto can_run = kBackward ? can_run_backward : can_run_forward;
+  if (scan.plan.tier == Tier::kStepwise || !rows_fit(p.table)) return false;
+  const bool grid = scan.plan.tier == Tier::kGrid;
+  const auto can_run = kBackward ? (grid ? can_run_grid_backward : can_run_backward)
+                                 : (grid ? can_run_grid_forward : can_run_forward);
   if (falls_back(scan.plan, can_run(kind, storage, scan.plan))) return false;
 
   for (int d = 0; d < l.directions; ++d) scan.weights[d] = weights[l.w_hh(d)].const_data_ptr();
   scan.step_stride = step_stride;
   const auto options = weights[0].options();
   constexpr int64_t kFragmentLane = 16;  // bytes
-  const Tensor fragments = at::empty({scan.plan.fragments(l.directions) * kFragmentLane}, options.dtype(at::kByte));
-  scan.packed = fragments.mutable_data_ptr();
+  const Tensor memory =
+      grid ? at::full({scan.plan.ring_words(l.directions, bytes_of(storage))}, -1, options.dtype(at::kInt))
+           : at::empty({scan.plan.fragments(l.directions) * kFragmentLane}, options.dtype(at::kByte));
+  scan.packed = memory.mutable_data_ptr();
   Tensor layout;  // [T + N] of a packed batch: where steps begin, and lengths
   if (packed != nullptr) {
     std::vector<int64_t> numbers(packed->offset, packed->offset + packed->steps);
@@ -78,9 +94,9 @@ bool run(CellKind kind, Storage storage, const Gpu& gpu, const Layout& l, const 
     p.table.lengths = to + packed->steps;
   }
   if constexpr (kBackward) {
-    persistent_backward(kind, storage, p, scan, gpu.stream);
+    (grid ? grid_backward : persistent_backward)(kind, storage, p, scan, gpu.stream);
   } else {
-    persistent_forward(kind, storage, p, scan, gpu.stream);
+    (grid ? grid_forward : persistent_forward)(kind, storage, p, scan, gpu.stream);
   }
   return true;
 }

@@ -263,6 +263,12 @@ inline void add_relaxed_gpu(unsigned* p, unsigned value) {
   cusim::progress();
   __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
 }
+inline uint4 load_relaxed_gpu(const uint4* p) {
+  const auto* words = reinterpret_cast<const unsigned*>(p);
+  return {load_relaxed_gpu(words), load_relaxed_gpu(words + 1), load_relaxed_gpu(words + 2),
+          load_relaxed_gpu(words + 3)};
+}
+inline void fence_gpu() {}  // fibers see each other's stores in order, and ThreadSanitizer knows no fences
 inline unsigned load_acquire_cluster(const unsigned* p) { return load_acquire_gpu(p); }
 inline void store_release_cluster(unsigned* p, unsigned value) { store_release_gpu(p, value); }
 inline void add_release_cluster(unsigned* p, unsigned value) { add_release_gpu(p, value); }

@@ -1,0 +1,10 @@
+// The forward scan of the whole GPU in 16 bits, for every cell and plan.
+#include "grid_forward.cuh"
+
+namespace fastrnn {
+
+GridKernel<StepForward> grid_forward_kernel_16(CellKind kind, Storage storage, const CudaPlan& plan) {
+  return choose_grid_kernel_16<GridForwardKernels>(kind, storage, plan);
+}
+
+}  // namespace fastrnn
