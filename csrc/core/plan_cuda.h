@@ -80,7 +80,9 @@ struct CudaPlan {
     return int64_t{32} * directions * cluster * warps * row_tiles * (register_steps + shared_steps);
   }
   // kGrid: words of 4 bytes through which all directions exchange their steps
-  int64_t ring_words(int directions, int element_size) const;
+  int64_t ring_words(int64_t steps, int directions, int element_size) const;
+  // of one slice's ring: the steps that have a place, and the one before the first
+  static int64_t ring_places(int64_t steps);
 };
 
 // --- What kernels and plan must agree on ------------------------------------------------------------------------------
@@ -104,8 +106,9 @@ constexpr int widest_octets(int gates) {
 }
 // An mma waits for the one before it that has the same sums: few tiles get two sets.
 constexpr int chains_of(int row_tiles, int batch_groups) { return row_tiles * batch_groups < 4 ? 2 : 1; }
-// Backward, 2, 4 or 6 row tiles a warp, 8 warps, have all units of what a cluster of 16 holds of a cell with several gates.
-constexpr int most_backward_tiles(int gates) { return gates > 1 ? 6 : 8; }
+// Backward, 2 or 4 row tiles a warp, 8 warps: H = 512. With 6 an LSTM's thread has no register left, and the whole GPU takes
+// such layers as fast.
+constexpr int most_backward_tiles(int gates) { return gates > 1 ? 4 : 8; }
 // k-steps whose fragments stay in registers: what is left of 255 by sums, operands, addresses and the cells of a lane.
 // nvcc says whether it is so (tests/test_cuda_compile.py): a spilled register is an error there.
 constexpr int register_steps_of(int row_tiles, int batch_groups, int of_cells) {
@@ -132,23 +135,23 @@ constexpr int backward_register_steps(int row_tiles, int batch_groups) {
 
 // --- The same for Tier::kGrid -----------------------------------------------------------------------------------------
 
-constexpr int kRing = 32;  // steps whose words have a place of their own; a multiple of twice kFence (grid.cuh)
+constexpr int kRing = 64;  // steps whose words have a place of their own; four times kFence (grid.cuh)
 constexpr int kGridOctets = 2;  // groups of 8 units of a block, at most
 
 // Row tiles of a block: its gates forward, its units backward.
 constexpr int grid_row_tiles(int gates, int octets, bool backward) {
   return backward ? (octets + 1) / 2 : row_tiles_of(gates, octets);
 }
-// Pairs of k-steps whose operands are asked for together, twice ahead: 16 or 8 registers a time.
+// Pairs of k-steps whose operands are asked for together, twice ahead: what is on its way at the same time.
 constexpr int grid_pairs_at_once(int row_tiles, int batch_groups) {
-  return row_tiles > 2 ? (batch_groups == 1 ? 2 : 1) : 4 / batch_groups;
+  return (row_tiles <= 2 ? 4 : 2) / batch_groups;
 }
 // Of weights in registers: what 255 leave for sums, operands, addresses and a cell.
 constexpr int grid_register_pairs(int row_tiles, int batch_groups) {
-  constexpr int kOthers = 88;
+  const int others = row_tiles == 1 ? 120 : 88;  // a tile alone is mostly backward, where a cell is more
   const int at_once = grid_pairs_at_once(row_tiles, batch_groups);
   const int sums = 4 * row_tiles * batch_groups * (row_tiles * batch_groups < 4 ? 2 : 1);
-  const int pairs = (255 - kOthers - sums - 8 * at_once * batch_groups) / (8 * row_tiles);
+  const int pairs = (255 - others - sums - 8 * at_once * batch_groups) / (8 * row_tiles);
   return pairs / at_once * at_once;
 }
 // float32 has no tensor cores: rows of weights of a lane, 8 lanes have all.
@@ -157,8 +160,9 @@ constexpr int grid_rows_of_lane(int gates, int octets, bool backward) { return b
 constexpr int grid_octets_32(int gates) { return gates > 1 ? 1 : kGridOctets; }
 // Rows of 4 bytes between the sums of one row of weights and the next (grid.cuh).
 constexpr int grid_sum_stride(int batch_groups) { return batch_groups == 1 ? 8 : 24; }
-inline int64_t CudaPlan::ring_words(int directions, int element_size) const {
-  return int64_t{kRing} * directions * slices * depth * kMatrixColumns * batch_groups * element_size / 4;
+inline int64_t CudaPlan::ring_places(int64_t steps) { return steps < kRing ? steps + 1 : kRing; }
+inline int64_t CudaPlan::ring_words(int64_t steps, int directions, int element_size) const {
+  return ring_places(steps) * directions * slices * depth * kMatrixColumns * batch_groups * element_size / 4;
 }
 
 // --- The plan ---------------------------------------------------------------------------------------------------------

@@ -62,13 +62,15 @@ class Timeline {
   GPU_FN explicit Timeline(const PersistentParams<Step>& params)
       : p_(params),
         d_(static_cast<int>(blockIdx.y)),
-        stride_(static_cast<int>(params.step.table.batch_stride)),
-        begin_(d_ * static_cast<int>(params.step.table.total)) {}
+        packed_(params.offset != nullptr),
+        stride_(static_cast<unsigned>(params.step.table.batch_stride)),
+        step_(static_cast<unsigned>(params.step_stride)),
+        begin_(static_cast<unsigned>(d_ * params.step.table.total)) {}
 
   GPU_FN int direction() const { return d_; }
   GPU_FN bool reverse() const { return d_ == 1; }
   // Has it no rows beyond the lengths?
-  GPU_FN bool packed() const { return p_.offset != nullptr; }
+  GPU_FN bool packed() const { return packed_; }
   // Valid steps; -1 beyond the batch.
   GPU_FN int length(int n) const {
     const StepTable& table = p_.step.table;
@@ -83,25 +85,30 @@ class Timeline {
     return {length, table.reset == nullptr ? nullptr : table.reset + n * table.reset_batch_stride,
             table.reset_step_stride};
   }
-  // The row of (t, 0).
-  GPU_FN int first(int t) const {
-    return packed() ? static_cast<int>(gpu::load_readonly(p_.offset + t)) : t * static_cast<int>(p_.step_stride);
+  // The row of (t, n), where there is one. Unsigned numbers: their product of 64 bits is one instruction.
+  GPU_FN unsigned row(int t, int n) const {
+    const unsigned first = packed_ ? static_cast<unsigned>(gpu::load_readonly(p_.offset + t)) : unsigned(t) * step_;
+    return first + unsigned(n) * stride_;
   }
-  // Of a tensor [D, rows, width], where the row of (t, n) has its column j; first: of that t.
-  GPU_FN int64_t of_direction(int first, int n, int width, int j) const {
-    return int64_t{begin_ + first + n * stride_} * width + j;
+  // From a row to that of the next step of a scan with or against the direction, where data are not packed.
+  GPU_FN unsigned stride(bool against) const { return reverse() != against ? 0u - step_ : step_; }
+  // Of a tensor [D, rows, width], column j of a row.
+  GPU_FN uint64_t of_direction(unsigned row, unsigned width, unsigned j) const {
+    return uint64_t{begin_ + row} * width + j;
   }
   // Of a tensor [rows, D, H].
-  GPU_FN int64_t of_rows(int first, int n, int unit) const {
-    const int units = static_cast<int>(p_.step.units);
-    return int64_t{first + n * stride_} * (p_.step.table.directions * units) + (d_ * units + unit);
+  GPU_FN uint64_t of_rows(unsigned row, unsigned unit) const {
+    const unsigned units = static_cast<unsigned>(p_.step.units);
+    return uint64_t{row} * (p_.step.table.directions * units) + (d_ * units + unit);
   }
   // Of a tensor [D, N, width].
   GPU_FN int64_t of_batch(int n, int64_t width, int j) const { return (d_ * p_.step.table.batch + n) * width + j; }
 
  private:
   const PersistentParams<Step>& p_;
-  int d_, stride_, begin_;  // direction; rows from n to n + 1; the direction's first
+  int d_;
+  bool packed_;
+  unsigned stride_, step_, begin_;  // rows from n to n + 1, and from t to t + 1; the direction's first
 };
 
 // Element `index` of an array of T as float32; zero where there is no array.
@@ -175,15 +182,29 @@ class ForwardCells {
   GPU_FN float state(int o, int r) const { return state_[o][r]; }
   GPU_FN void restore(int o, int r, float hidden, float state) { hidden_[o][r] = hidden, state_[o][r] = state; }
 
-  // The input projection of step t. What the lane with the same rows and the first unit needs two steps later comes to L2.
+  // Goes to step t, from anywhere or, if data are not packed, from the step before.
+  GPU_FN void seek(int t) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) row_[r] = time_.packed() && t >= length_[r] ? 0 : time_.row(t, n_[r]);
+  }
+  GPU_FN void move(int t) {
+    if (time_.packed()) {
+      seek(t);
+    } else {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) row_[r] += time_.stride(false);
+    }
+  }
+
+  // The input projection of step t, where the cells are. What the 8 lanes with the same rows need some steps later comes to
+  // L2, a gate by each.
   GPU_FN void load_input(int t) {
-    const int units = static_cast<int>(p_.units), width = static_cast<int>(p_.gates_stride);
-    const int first = time_.first(t);
+    const int units = static_cast<int>(p_.units);
+    const unsigned width = static_cast<unsigned>(p_.gates_stride);
     const auto* const gates = static_cast<const float*>(p_.gates);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const bool there = !time_.packed() || t < length_[r];
-      const float* const from = gates + time_.of_direction(there ? first : 0, there ? n_[r] : 0, width, unit_);
+      const float* const from = gates + time_.of_direction(row_[r], width, unit_);
 #pragma unroll
       for (int o = 0; o < kUnits; ++o) {
 #pragma unroll
@@ -191,12 +212,11 @@ class ForwardCells {
       }
     }
     const int ahead = time_.reverse() ? t - kAhead : t + kAhead, own = unit_ % 8;
-    if (ahead < 0 || ahead >= p_.table.steps || own >= kGates) return;
-    const int then = time_.first(ahead);
+    if (own >= kGates || time_.packed() || ahead < 0 || ahead >= p_.table.steps) return;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (ahead >= length_[r]) continue;
-      const float* const from = gates + time_.of_direction(then, n_[r], width, unit_ - own) + own * units;
+      const unsigned row = row_[r] + kAhead * time_.stride(false);
+      const float* const from = gates + time_.of_direction(row, width, unit_ - own + own * units);
 #pragma unroll
       for (int o = 0; o < kUnits; ++o) gpu::prefetch_l2(from + at(o));
     }
@@ -239,17 +259,17 @@ class ForwardCells {
     }
   }
 
-  // Step t's results, to the caller.
+  // Step t's results, to the caller, where the cells are.
   GPU_FN void store(int t) const {
-    const int units = static_cast<int>(p_.units), width = static_cast<int>(p_.gates_stride);
-    const int first = time_.first(t);
+    const int units = static_cast<int>(p_.units);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const bool valid = t < length_[r];
       if (length_[r] < 0 || (time_.packed() && !valid)) continue;
-      const int64_t of_rows = time_.of_rows(first, n_[r], unit_);
-      float* const gates = static_cast<float*>(p_.gates) + time_.of_direction(first, n_[r], width, unit_);
-      const bool last = valid && sequence(r).last(t, time_.reverse());
+      const uint64_t of_rows = time_.of_rows(row_[r], unit_);
+      float* const gates = static_cast<float*>(p_.gates) +
+                           time_.of_direction(row_[r], static_cast<unsigned>(p_.gates_stride), unit_);
+      const bool last = valid && t == (time_.reverse() ? 0 : length_[r] - 1);
 #pragma unroll
       for (int o = 0; o < kUnits; ++o) {
         if (!has(o)) continue;
@@ -288,6 +308,7 @@ class ForwardCells {
   const Timeline<StepForward> time_;
   int room_, unit_;  // units from the first on; the first
   int n_[kRows], length_[kRows];  // length: -1 beyond the batch
+  unsigned row_[kRows];  // of the step
   float bias_[kUnits][kGates + kSeparate];  //
   float hidden_[kUnits][kRows];  // h that enters the next step
   float state_[kUnits][kRows];  // the element state that does
@@ -320,11 +341,16 @@ class BackwardCells {
       : p_(params.step),
         time_(params),
         units_(params.plan.units),
-        first_unit_(first_unit),
-        first_row_(first_row),
-        carry_(carry) {
+        first_unit_(first_unit) {
+    take(first_row, carry);
+  }
+
+  // Another slice of the batch.
+  GPU_FN void take(int first_row, float* carry) {
+    first_row_ = first_row, carry_ = carry;
 #pragma unroll
     for (int i = 0; i < kMost; ++i) {
+      row_[i] = 0;
       length_[i] = exists(i) && unit(i) < p_.units ? time_.length(n(i)) : -1;
     }
   }
@@ -338,35 +364,50 @@ class BackwardCells {
     });
   }
 
-  // What step t reads of the device's memory; what the step after it reads begins its way to L2.
+  // Goes to step t, from anywhere or, if data are not packed, from the step after.
+  GPU_FN void seek(int t) {
+    each([&](int i) { row_[i] = t < length_[i] || !time_.packed() ? time_.row(t, n(i)) : 0; });
+  }
+  GPU_FN void move(int t) {
+    if (time_.packed()) {
+      seek(t);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kMost; ++i) row_[i] += time_.stride(true);
+    }
+  }
+
+  // What step t, where the cells are, reads of the device's memory; what the step before it reads begins its way to L2.
   GPU_FN void load(int t) {
     const bool reverse = time_.reverse();
-    const int width = static_cast<int>(p_.reserve_stride), units = static_cast<int>(p_.units);
+    const unsigned width = static_cast<unsigned>(p_.reserve_stride);
+    const int units = static_cast<int>(p_.units);
     const int ahead = reverse ? t + 1 : t - 1;  // the step before in the direction of the data too
-    const bool some = ahead >= 0 && ahead < p_.table.steps;
-    const int first = time_.first(t), then = some ? time_.first(ahead) : 0;
     const auto* const reserve = static_cast<const float*>(p_.reserve);
     each([&](int i) {
       if (t >= length_[i]) return;
-      if (some && ahead < length_[i] && element(i).u % 8 == 0) {  // 8 numbers are a sector
-        const float* const from = reserve + time_.of_direction(then, n(i), width, unit(i));
-#pragma unroll
-        for (int k = 0; k < kSaved; ++k) gpu::prefetch_l2(from + k * units);
-        if (p_.grad_output != nullptr)
-          gpu::prefetch_l2(static_cast<const T*>(p_.grad_output) + time_.of_rows(then, n(i), unit(i)));
+      const bool some = ahead >= 0 && ahead < length_[i];
+      const unsigned row = row_[i];
+      const unsigned then = !some ? row : time_.packed() ? time_.row(ahead, n(i)) : row + time_.stride(true);
+      const float* const before = reserve + time_.of_direction(then, width, unit(i));
+      if (element(i).u % 8 < kSaved && some) {  // 8 numbers are a sector
+        const int own = element(i).u % 8;
+        gpu::prefetch_l2(before - own + own * units);
+        if (own == 0 && p_.grad_output != nullptr)
+          gpu::prefetch_l2(static_cast<const T*>(p_.grad_output) + time_.of_rows(then, unit(i)));
       }
       const Sequence s = time_.sequence(n(i), length_[i]);
       const bool flows = s.flows(t, reverse), enters = s.enters(t, reverse), last = s.last(t, reverse);
-      const float* const from = reserve + time_.of_direction(first, n(i), width, unit(i));
+      const float* const from = reserve + time_.of_direction(row, width, unit(i));
 #pragma unroll
       for (int k = 0; k < kSaved; ++k) saved_[i][k] = from[k * units];
-      const int64_t of_rows = time_.of_rows(first, n(i), unit(i));
+      const uint64_t of_rows = time_.of_rows(row, unit(i));
       grad_h_[i] = value_of<T>(p_.grad_output, of_rows);
       if (last) grad_h_[i] += value_of<T>(p_.grad_h_n, of_batch(i));
       h_before_[i] = 0.f;
       if (kState == ElementState::kHidden || p_.previous != nullptr) {
         if (flows) {
-          h_before_[i] = value_of<T>(p_.output, time_.of_rows(then, n(i), unit(i)));
+          h_before_[i] = value_of<T>(p_.output, time_.of_rows(then, unit(i)));
         } else if (enters) {
           h_before_[i] = value_of<T>(p_.h0, of_batch(i));
         }
@@ -374,7 +415,7 @@ class BackwardCells {
       if constexpr (kState == ElementState::kCell) {
         c_before_[i] = 0.f;
         if (flows) {
-          c_before_[i] = reserve[time_.of_direction(then, n(i), width, unit(i)) + (kSaved - 1) * units];
+          c_before_[i] = before[(kSaved - 1) * units];
         } else if (enters) {
           c_before_[i] = value_of<T>(p_.c0, of_batch(i));
         }
@@ -390,7 +431,6 @@ class BackwardCells {
   GPU_FN void compute(int t, const Incoming& incoming, const Emit& emit) {
     const bool reverse = time_.reverse();
     const int units = static_cast<int>(p_.units), width = kGates * units;
-    const int first = time_.first(t);
     each([&](int i) {
       const bool valid = t < length_[i];
       T of_input[kGates], of_recurrent[kGates];
@@ -425,11 +465,12 @@ class BackwardCells {
 #pragma unroll
       for (int g = 0; g < kGates; ++g) emit(i, g, element(i).u, element(i).column, of_recurrent[g]);
       if (length_[i] < 0 || (time_.packed() && !valid)) return;
+      const unsigned row = row_[i];
       if (p_.previous != nullptr) {
-        const int64_t at = time_.of_direction(first, n(i), units, unit(i));
+        const uint64_t at = time_.of_direction(row, units, unit(i));
         static_cast<T*>(p_.previous)[at] = gpu::from_float<T>(valid ? h_before_[i] : 0.f);
       }
-      const int64_t at = time_.of_direction(first, n(i), width, unit(i));
+      const uint64_t at = time_.of_direction(row, width, unit(i));
 #pragma unroll
       for (int g = 0; g < kGates; ++g) static_cast<T*>(p_.grad_gates)[at + g * units] = of_input[g];
       if (p_.grad_recurrent != nullptr) {
@@ -473,9 +514,11 @@ class BackwardCells {
 
   const StepBackward& p_;
   const Timeline<StepBackward> time_;
-  const int units_, first_unit_, first_row_;
+  const int units_, first_unit_;
+  int first_row_;
   float* carry_;
   int length_[kMost];  // -1 beyond the batch and beyond the units
+  unsigned row_[kMost];  // of the step
   float saved_[kMost][kSaved], grad_h_[kMost], h_before_[kMost], c_before_[kMost], grad_c_[kMost];
 };
 

@@ -18,12 +18,13 @@
 namespace fastrnn {
 
 inline constexpr uint32_t kNothing = 0xffffffffu;
-inline constexpr int kFence = 8;
+inline constexpr int kFence = 16;
 
 template <class Step>
 struct GridParams : PersistentParams<Step> {
   const void* weights[2];  // T [G*H, H] of each direction
-  uint32_t* ring;  // [D, slices, kRing, octets, columns, 8] of T, kNothing everywhere
+  uint32_t* ring;  // [D, slices, places, octets, columns, 8] of T, kNothing everywhere
+  int places;  // kRing, or fewer for all steps of a short scan
   int teams;  // of a direction
   int slices;  // of the batch
 };
@@ -42,7 +43,7 @@ class Ring {
 
   GPU_FN Ring(uint32_t* words, int octets) : words_(words), octets_(octets) {}
 
-  // Of step s; at: shared by all lanes.
+  // Of step s.
   GPU_FN const uint32_t* step(int s) const { return words_ + s % kRing * (octets_ * (kColumns * kOctetWords<T>)); }
   // Writes what step s needs of unit u of an octet. The lane with the next unit is the next lane; whole warps come here.
   GPU_FN void write(int s, int octet, int u, int column, T value) const {
@@ -57,15 +58,16 @@ class Ring {
       gpu::store_relaxed_gpu(at(s, octet, column) + u, word == kNothing ? kNan32 : word);
     }
   }
-  GPU_FN void empty(int s, int octet, int u, int column) const {
+  // Of the `all` steps some will want the place of step s.
+  GPU_FN void empty(int s, int all, int octet, int u, int column) const {
     constexpr int kUnitsOfWord = 4 / sizeof(T);
-    if (u % kUnitsOfWord == 0) gpu::store_relaxed_gpu(at(s, octet, column) + u / kUnitsOfWord, kNothing);
+    if (s >= 0 && s + kRing < all && u % kUnitsOfWord == 0) gpu::store_relaxed_gpu(at(s, octet, column) + u / kUnitsOfWord, kNothing);
   }
 
  private:
   static constexpr uint32_t kNan16 = 0x7fff7fffu, kNan32 = 0x7fffffffu;
   GPU_FN uint32_t* at(int s, int octet, int column) const {
-    return words_ + ((s % kRing * octets_ + octet) * kColumns + column) * kOctetWords<T>;
+    return words_ + unsigned((s % kRing * octets_ + octet) * kColumns + column) * kOctetWords<T>;
   }
   uint32_t* words_;
   int octets_;
@@ -105,7 +107,8 @@ class GridProduct {
   template <class Weights>
   GPU_FN void load(const Weights& weights, unsigned char* shared, int first_pair, int pairs, int octets) {
     lane_ = static_cast<int>(threadIdx.x) % 32;
-    first_ = first_pair, pairs_ = pairs, octets_ = octets;
+    first_ = 4 * first_pair + lane_ % 4, pairs_ = pairs;
+    own_pairs_ = (octets - first_ + 3) / 4 < pairs ? (octets - first_ + 3) / 4 : pairs;
     shared_ = reinterpret_cast<uint4*>(shared) + lane_;
 #pragma unroll
     for (int j = 0; j < kRegisterPairs; ++j) {
@@ -135,7 +138,7 @@ class GridProduct {
     for (int i = 0; i < kChains * kTiles * kGroups * 4; ++i) {
       sums[i / (kTiles * kGroups * 4)][i / (kGroups * 4) % kTiles][i / 4 % kGroups][i % 4] = 0.f;
     }
-    const auto* const words = reinterpret_cast<const uint4*>(step);
+    const auto* const words = reinterpret_cast<const uint4*>(step) + first_ * kColumns + lane_ / 4;
     Operands even, odd;
     issue(even, words, 0);
 #pragma unroll
@@ -174,22 +177,19 @@ class GridProduct {
   }
 
  private:
-  // The lane's octet of the warp's j-th pair.
-  GPU_FN int octet(int j) const { return 4 * (first_ + j) + lane_ % 4; }
-  GPU_FN bool has(int j) const { return j < pairs_ && octet(j) < octets_; }
+  // Of the warp's j-th pair the lane's octet: first_ + 4 j.
+  GPU_FN bool has(int j) const { return j < own_pairs_; }
   template <class Weights>
   GPU_FN uint4 eight(const Weights& weights, int j, int m, int below) const {
     T values[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) values[i] = gpu::from_float<T>(0.f);
-    if (has(j)) weights(m * 16 + lane_ / 4 + below, octet(j), values);
+    if (has(j)) weights(m * 16 + lane_ / 4 + below, first_ + 4 * j, values);
     uint4 bits;
     memcpy(&bits, static_cast<const void*>(values), sizeof bits);
     return bits;
   }
-  GPU_FN const uint4* place(const uint4* words, int j, int q) const {
-    return words + octet(j) * kColumns + q * 8 + lane_ / 4;
-  }
+  static GPU_FN const uint4* place(const uint4* words, int j, int q) { return words + 4 * j * kColumns + q * 8; }
   GPU_FN void issue(Operands& operands, const uint4* words, int j) const {
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
@@ -200,11 +200,13 @@ class GridProduct {
     }
   }
   GPU_FN void arrive(Operands& operands, const uint4* words, int j) const {
+    bool missing = false;  // not where the lane has no octet: zeros
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
+    for (int i = 0; i < kAtOnce * kGroups; ++i) missing = missing || nothing(operands[i / kGroups][i % kGroups]);
+    if (missing) {
 #pragma unroll
-      for (int q = 0; q < kGroups; ++q) {
-        if (has(j + i)) settle(operands[i][q], place(words, j + i, q));
+      for (int i = 0; i < kAtOnce * kGroups; ++i) {
+        settle(operands[i / kGroups][i % kGroups], place(words, j + i / kGroups, i % kGroups));
       }
     }
     gpu::syncwarp();
@@ -240,7 +242,8 @@ class GridProduct {
     }
   }
 
-  int lane_, first_, pairs_, octets_;
+  int lane_, first_;  // the lane's first octet
+  int pairs_, own_pairs_;  // the warp's, and those in which the lane has an octet
   uint32_t registers_[2 * kRegisterPairs][kTiles][4];
   uint4* shared_;
 };

@@ -41,20 +41,29 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) grid_backward_kernel
   using Cells = BackwardCells<Cell, T, 1, kGroups>;
   const int first_octet = rank * kOctets, elements = plan.units * kColumns;
   const Timeline<StepBackward> time(p);
-  const auto cells_of = [&](int slice) {
-    return Cells(p, first_octet * 8, slice * kColumns, shared.states + slice / p.teams * elements);
-  };
+  const auto carry_of = [&](int slice) { return shared.states + slice / p.teams * elements; };
+  const auto cells_of = [&](int slice) { return Cells(p, first_octet * 8, slice * kColumns, carry_of(slice)); };
   for (int slice = team; slice < p.slices; slice += p.teams) cells_of(slice).begin();
 
+  // A team with one slice is never elsewhere.
+  const bool alone = team + p.teams >= p.slices;
   int buffer = 0;
   const int most = time.steps(team * kColumns);  // of the team's slices the first has the longest row
+  Cells cells = cells_of(team);
+  if (alone) {
+    cells.seek(d == 0 ? most - 1 : 0);
+    cells.load(d == 0 ? most - 1 : 0);
+  }
   for (int s = 0; s < most; ++s) {
     for (int slice = team; slice < p.slices; slice += p.teams) {
       const int all = time.steps(slice * kColumns), t = d == 0 ? all - 1 - s : s;
       if (s >= all) break;
       const Ring<T, kGroups> words = ring<T, kGroups>(p, slice, kGates * octets);
-      Cells cells = cells_of(slice);
-      cells.load(t);
+      if (!alone) {
+        cells.take(slice * kColumns, carry_of(slice));
+        cells.seek(t);
+        cells.load(t);
+      }
       float* const sums = shared.sums(buffer);
       if (s > 0) {
         if (warp < plan.warps) product.multiply(words.step(s), shared.of_warp(sums, warp), shared.stage(warp));
@@ -67,12 +76,16 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) grid_backward_kernel
             const int octet = first_octet + u / 8;  // of a whole warp
             if (octet >= octets) return;
             if (more) words.write(s + 1, gate * octets + octet, u % 8, column, value);
-            if (s > 1) words.empty(s - 1, gate * octets + octet, u % 8, column);
+            words.empty(s - 1, all, gate * octets + octet, u % 8, column);
           });
+      if (alone && more) {
+        cells.move(d == 0 ? t - 1 : t + 1);
+        cells.load(d == 0 ? t - 1 : t + 1);
+      }
       if (plan.buffers == 1) gpu::syncthreads();
       buffer = (buffer + 1) % plan.buffers;
     }
-    if (s % kFence == kFence - 1) gpu::fence_gpu();
+    if (s % kFence == kFence - 1 && most > kRing) gpu::fence_gpu();
   }
   for (int slice = team; slice < p.slices; slice += p.teams) cells_of(slice).store_carry();
 }

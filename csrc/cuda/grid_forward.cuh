@@ -55,36 +55,49 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) grid_forward_kernel(
     }
   }
 
+  // A team with one slice keeps its states in registers.
+  const bool alone = team + p.teams >= p.slices;
   int buffer = 0;
   const int most = time.steps(team * kColumns);  // of the team's slices the first has the longest row
+  if (alone && has_cell) {
+    cells.seek(d == 0 ? 0 : most - 1);
+    cells.load_input(d == 0 ? 0 : most - 1);
+  }
   for (int s = 0; s < most; ++s) {
     states = shared.states + threadIdx.x;
     for (int slice = team; slice < p.slices; slice += p.teams, states += 2 * kElements) {
       const int all = time.steps(slice * kColumns), t = d == 0 ? s : all - 1 - s;
       if (s >= all) break;
       const Ring<T, kGroups> words = ring_of(slice);
-      if (has_cell) {
+      if (!alone && has_cell) {
         const int rows[1] = {row_of(slice)};
         cells.take(rows);
+        cells.seek(t);
         cells.load_input(t);
+        cells.restore(0, 0, states[0], states[kElements]);
       }
       float* const sums = shared.sums(buffer);
       if (warp < plan.warps) product.multiply(words.step(s), shared.of_warp(sums, warp), shared.stage(warp));
       gpu::syncthreads();
       if (has_cell) {
-        cells.restore(0, 0, states[0], states[kElements]);
         cells.compute(t, [&](int, int gate, int) {
           return shared.total(sums, (element.u / 8 * kGates + gate) * 8 + u, element.column);
         });
         if (s + 1 < all) words.write(s + 1, octet, u, element.column, gpu::from_float<T>(cells.hidden(0, 0)));
-        states[0] = cells.hidden(0, 0), states[kElements] = cells.state(0, 0);
         cells.store(t);
-        if (s > 0) words.empty(s - 1, octet, u, element.column);
+        if (!alone) {
+          states[0] = cells.hidden(0, 0), states[kElements] = cells.state(0, 0);
+        } else if (s + 1 < all) {
+          const int then = d == 0 ? t + 1 : t - 1;
+          cells.move(then);
+          cells.load_input(then);
+        }
+        words.empty(s - 1, all, octet, u, element.column);
       }
       if (plan.buffers == 1) gpu::syncthreads();
       buffer = (buffer + 1) % plan.buffers;
     }
-    if (s % kFence == kFence - 1) gpu::fence_gpu();
+    if (s % kFence == kFence - 1 && most > kRing) gpu::fence_gpu();
   }
 }
 

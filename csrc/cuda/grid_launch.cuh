@@ -59,7 +59,7 @@ class GridShared {
 // Of the block's direction.
 template <class T, int kGroups, class Step>
 GPU_FN Ring<T, kGroups> ring(const GridParams<Step>& p, int slice, int octets) {
-  const int64_t of_slice = int64_t{kRing} * octets * kMatrixColumns * kGroups * kOctetWords<T>;
+  const int64_t of_slice = int64_t{p.places} * octets * kMatrixColumns * kGroups * kOctetWords<T>;
   return Ring<T, kGroups>(p.ring + (static_cast<int>(blockIdx.y) * p.slices + slice) * of_slice, octets);
 }
 
@@ -106,6 +106,7 @@ void run_grid(GridKernel<Step> kernel, const Step& step, const PersistentScan& s
   params.offset = scan.offset;
   for (int d = 0; d < directions; ++d) params.weights[d] = scan.weights[d];
   params.ring = static_cast<uint32_t*>(scan.packed);
+  params.places = static_cast<int>(CudaPlan::ring_places(step.table.steps));
   params.teams = plan.teams;
   params.slices = plan.slices;
   const dim3 grid(static_cast<unsigned>(plan.teams * plan.cluster), static_cast<unsigned>(directions));

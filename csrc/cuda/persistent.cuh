@@ -163,6 +163,22 @@ class Turn {
       gpu::remote_store(peer + offset(own), value);
     }
   }
+  // The same for the first `count` of some peers.
+  template <class V, int kMost>
+  GPU_FN void send_each(V* own, V value, const gpu::ClusterAddress (&peers)[kMost], int count, int s) const {
+    if (exchange_ == Exchange::kAsync) {
+      const int to = offset(own), at = offset(bar(s));
+#pragma unroll
+      for (int i = 0; i < kMost; ++i) {
+        if (i < count) gpu::st_async(peers[i] + to, value, peers[i] + at);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kMost; ++i) {
+        if (i < count) send(own, value, peers[i], s);
+      }
+    }
+  }
 
  private:
   GPU_FN int offset(const void* own) const {

@@ -58,6 +58,7 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) persistent_backward_
   const int octets = static_cast<int>((p.step.units + 7) / 8), left = octets * 8 - rank * units;
   const unsigned arriving = static_cast<unsigned>(owners * (left < units ? left : units) * kColumns * sizeof(float));
   const int all = Timeline<StepBackward>(p).steps(first_row);
+  own.seek(d == 0 ? all - 1 : 0);
   own.load(d == 0 ? all - 1 : 0);
   turn.begin();
   for (int s = 0; s < all; ++s) {
@@ -107,6 +108,7 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) persistent_backward_
       }
     }
     turn.arrive();
+    own.move(d == 0 ? t - 1 : t + 1);
     own.load(d == 0 ? t - 1 : t + 1);
     turn.wait(s + 1);
   }

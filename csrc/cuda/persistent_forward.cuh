@@ -92,6 +92,7 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) persistent_forward_k
                weights + warp * plan.shared_steps * Lane::kTiles * 32, steps);
   const unsigned arriving = static_cast<unsigned>((units + 7) / 8 * 8 * kColumns * sizeof(T));
   const int all = Timeline<StepForward>(p).steps(first_row);
+  own.seek(d == 0 ? 0 : all - 1);
   if (active) own.load_input(d == 0 ? 0 : all - 1);
   turn.begin();
   // the four lanes of a unit share the blocks; each warp begins with another one
@@ -121,10 +122,7 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) persistent_forward_k
             const uint4 values = Lane::published(own, o, q);
             const int unit = first_unit + o * 8 + lane / 4;
             uint4* const to = reinterpret_cast<uint4*>(next + (q * depth + unit) * kMatrixColumns);
-#pragma unroll
-            for (int i = 0; i < kMostPeers; ++i) {
-              if (lane % 4 + 4 * i < owners) turn.send(to, values, peers[i], s + 1);
-            }
+            turn.send_each(to, values, peers, (owners - lane % 4 + 3) / 4, s + 1);
           }
         }
       }
@@ -132,7 +130,9 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) persistent_forward_k
     if (more) turn.arrive();
     if (active) own.store(t);
     if (more) {
-      if (active) own.load_input(d == 0 ? t + 1 : t - 1);
+      const int then = d == 0 ? t + 1 : t - 1;
+      own.move(then);
+      if (active) own.load_input(then);
       turn.wait(s + 1);
     }
   }

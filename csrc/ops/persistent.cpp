@@ -80,7 +80,7 @@ bool run(CellKind kind, Storage storage, const Gpu& gpu, const Layout& l, const 
   const auto options = weights[0].options();
   constexpr int64_t kFragmentLane = 16;  // bytes
   const Tensor memory =
-      grid ? at::full({scan.plan.ring_words(l.directions, bytes_of(storage))}, -1, options.dtype(at::kInt))
+      grid ? at::full({scan.plan.ring_words(p.table.steps, l.directions, bytes_of(storage))}, -1, options.dtype(at::kInt))
            : at::empty({scan.plan.fragments(l.directions) * kFragmentLane}, options.dtype(at::kByte));
   scan.packed = memory.mutable_data_ptr();
   Tensor layout;  // [T + N] of a packed batch: where steps begin, and lengths

@@ -115,15 +115,30 @@ Tensor both(const Tensors& weights, int first, int second, int64_t directions) {
   return directions == 1 ? weights[first].unsqueeze(0) : at::stack({weights[first], weights[second]});
 }
 
-// [D, N, width] that a step's product fills as far as its rows go. One direction's is a plain matrix.
-void step_product(const Tensor& out, const Tensor& a, const Tensor& weights, int64_t rows) {
-  if (rows == 0) return;
-  if (out.size(0) == 1) {
-    product(out[0].narrow(0, 0, rows), a[0].narrow(0, 0, rows), weights[0]);
-  } else {
-    product(out.narrow(1, 0, rows), a.narrow(1, 0, rows), weights);
+// out [D, N, width] = a weights, as far as a step's rows go. One direction's is a plain matrix. A step of few rows takes the
+// device less time than the host needs to make views of tensors, so those of whole steps are made once.
+class StepProduct {
+ public:
+  StepProduct() = default;
+  StepProduct(const Tensor& out, const Tensor& a, const Tensor& weights)
+      : alone_(out.size(0) == 1),
+        out_(alone_ ? out[0] : out),
+        a_(alone_ ? a[0] : a),
+        weights_(alone_ ? weights[0] : weights) {}
+
+  void operator()(int64_t rows) const {
+    const int64_t dimension = alone_ ? 0 : 1;
+    if (rows == out_.size(dimension)) {
+      product(out_, a_, weights_);
+    } else if (rows > 0) {
+      product(out_.narrow(dimension, 0, rows), a_.narrow(dimension, 0, rows), weights_);
+    }
   }
-}
+
+ private:
+  bool alone_ = true;
+  Tensor out_, a_, weights_;
+};
 
 }  // namespace
 
@@ -194,15 +209,17 @@ Tensors stepwise_layer(CellKind kind, const Gpu& gpu, const Tensor& input, Tenso
   p.state = mutable_pointer(state);
   p.activation = mutable_pointer(activation);
   p.product = pointer(projected);
+  const StepProduct of_hidden(recurrent, hidden, w_hh);
+  const StepProduct of_activation = l.projected ? StepProduct(projected, activation, w_hr) : StepProduct();
   for (int64_t s = 0; s < z.steps; ++s) {
     p.table = steps.at(s, false);
     if (s > 0 || !hx.empty()) {
-      step_product(recurrent, hidden, w_hh, steps.visited());
+      of_hidden(steps.visited());
       p.recurrent = pointer(recurrent);
     }
     forward_step(kind, storage, p, gpu.stream);
     if (l.projected) {
-      step_product(projected, activation, w_hr, steps.visited());
+      of_activation(steps.visited());
       forward_projected(storage, p, gpu.stream);
     }
   }
@@ -282,15 +299,17 @@ Tensors stepwise_layer_backward(CellKind kind, const Gpu& gpu, const OptionalTen
     p.grad_activation = pointer(grad_activation);
     p.step_gates = mutable_pointer(step_gates);
     p.step_projected = mutable_pointer(step_projected);
+    const StepProduct of_gates(grad_hidden, step_gates, w_hh);
+    const StepProduct of_projected = l.projected ? StepProduct(grad_activation, step_projected, w_hr) : StepProduct();
     for (int64_t s = 0; s < z.steps; ++s) {
       if (s > 0) {
-        step_product(grad_hidden, step_gates, w_hh, steps.visited());
+        of_gates(steps.visited());
         p.product = pointer(grad_hidden);
       }
       p.table = steps.at(s, true);
       if (l.projected) {
         backward_projected(storage, p, gpu.stream);
-        step_product(grad_activation, step_projected, w_hr, steps.visited());
+        of_projected(steps.visited());
       }
       backward_step(kind, storage, p, gpu.stream);
     }
