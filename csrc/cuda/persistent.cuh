@@ -41,15 +41,21 @@ class Product {
     for (int i = 0; i < kChains * kTiles * kGroups * 4; ++i) {
       sums[i / (kTiles * kGroups * 4)][i / (kGroups * 4) % kTiles][i / 4 % kGroups][i % 4] = 0.f;
     }
+    constexpr int kLast = kRegisterSteps % kStepsAtOnce;
+    uint32_t operands[2][kStepsAtOnce][kGroups][2];  // of these k-steps and, on their way, of the next
+    const auto read_some = [&](uint32_t(&b)[kStepsAtOnce][kGroups][2], int first) {
+#pragma unroll
+      for (int s = 0; s < kStepsAtOnce; s += 2) {
+        if (kLast == 0 || first + s < kRegisterSteps) read(b[s], b[s + 1], operand, depth, first + s);
+      }
+    };
+    read_some(operands[0], 0);
 #pragma unroll
     for (int first = 0; first < kRegisterSteps; first += kStepsAtOnce) {
       if (first < used) {
-        constexpr int kLast = kRegisterSteps % kStepsAtOnce;
-        uint32_t b[kStepsAtOnce][kGroups][2];
-#pragma unroll
-        for (int s = 0; s < kStepsAtOnce; s += 2) {
-          if (kLast == 0 || first + s < kRegisterSteps) read(b[s], b[s + 1], operand, depth, first + s);
-        }
+        auto& b = operands[first / kStepsAtOnce % 2];
+        const int next = first + kStepsAtOnce;
+        if (next < kRegisterSteps && next < used) read_some(operands[next / kStepsAtOnce % 2], next);
 #pragma unroll
         for (int s = 0; s < kStepsAtOnce; ++s) {
           if (kLast == 0 || first + s < kRegisterSteps) add(sums[s % kChains], registers_[first + s], b[s]);
