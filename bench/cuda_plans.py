@@ -17,7 +17,8 @@ BATCHES = (1, 16, 64)
 
 
 def in_words(plan: dict[str, Any]) -> str:
-    where = "stepwise" if plan["tier"] == "stepwise" else f"C{plan['cluster']} N{plan['rows']}"
+    tier = "G" if plan["tier"] == "grid" else "C"
+    where = "stepwise" if plan["tier"] == "stepwise" else f"{tier}{plan['cluster']} N{plan['rows']}"
     return f"{plan['microseconds']:.2f} ({where})"
 
 

@@ -4,6 +4,8 @@
     python bench/gpu_check.py --resume           # what an earlier run has not finished
     python bench/gpu_check.py --stages benchmark --only 'flashrnn/*'
     python bench/gpu_check.py --tune             # which of the plan's alternatives is the fastest, as data for the plan
+    python bench/gpu_check.py --stages stepwise  # the same cases, all of them step by step
+    python bench/gpu_check.py --stages cpu       # the machine's processor: 1, 2, 4, 8 and 16 threads against torch.nn
 
 Needs no network. Every stage is a process with a time limit of its own; what was measured is on disk (raw JSON, a
 Markdown table) even if a later stage fails. Where there is no GPU the script says so and checks its own plumbing: the
@@ -35,13 +37,12 @@ from bench import gpu_tune, timing
 from bench.gpu_measure import Plumbing, append_row, by_plan, read_rows
 from bench.report import geomean
 
-DEFAULT_STAGES = ("environment", "build", "test", "sanitize", "benchmark", "persistent")
+DEFAULT_STAGES = ("environment", "build", "test", "sanitize", "benchmark")
 TUNE_STAGES = ("environment", "build", "tune")
-STAGES = (*DEFAULT_STAGES, "tune")
-MEASURING = ("benchmark", "persistent", "tune")  # which go on where they stopped
-# Seconds; the two benchmarks get what is left, the first of them this part of it.
-LIMITS = {"environment": 30.0, "build": 210.0, "test": 120.0, "sanitize": 60.0}
-BENCHMARK_SHARE = 0.6
+STAGES = (*DEFAULT_STAGES, "tune", "stepwise", "cpu")
+MEASURING = ("benchmark", "stepwise", "tune")  # which go on where they stopped
+# Seconds; what measures gets what is left.
+LIMITS = {"environment": 30.0, "build": 210.0, "test": 120.0, "sanitize": 60.0, "cpu": 90.0}
 TOTAL = 525.0
 CLOSING = 10.0  # kept for the table
 
@@ -131,21 +132,29 @@ def _run(command: list[str], **environment: str) -> None:
 
 
 def benchmark(plumbing: Plumbing, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every case with the stepwise kernels, which take all of them."""
-    result = by_plan(plumbing, arguments, "stepwise", lambda case: True)
+    """Every case as the plan has it, tuned rows included."""
+    result = by_plan(plumbing, arguments, "auto")
     if arguments.only == "*" and "single-step" not in {row["name"] for row in read_rows(arguments.out)}:
         for row in single_steps(plumbing):
             append_row(arguments.out, row)
     return result
 
 
-def persistent(plumbing: Plumbing, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The 16-bit cases once more, by the plan; a stage apart, for a kernel that stops ends a process's use of a GPU."""
-    return by_plan(plumbing, arguments, "auto", lambda case: case.dtype != "fp32")
+def stepwise(plumbing: Plumbing, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every case step by step: what the persistent kernels gain."""
+    return by_plan(plumbing, arguments, "stepwise")
+
+
+def cpu(plumbing: Plumbing, arguments: argparse.Namespace) -> dict[str, Any]:
+    """How the CPU's scans use the cores of a machine that has more than a few."""
+    threads = [str(count) for count in (1, 2, 4, 8, 16) if count <= (os.cpu_count() or 1)]
+    command = [sys.executable, "-m", "bench", "--cell", "lstm", "gru", "--case", "nlp", "speech", "wide"]
+    _run([*command, "--threads", *threads, "--budget", "0.3", "--json", str(arguments.out.resolve() / "cpu.json")])
+    return {"threads": threads}
 
 
 def tune(plumbing: Plumbing, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fastest of the plan's alternatives for each 16-bit shape, as data for the plan: cuda_plans.csv."""
+    """The fastest of the plan's alternatives for each shape, as data for the plan: cuda_plans.csv."""
     return gpu_tune.tune(plumbing, arguments)
 
 
@@ -304,8 +313,7 @@ def main() -> int:
         if name != "build" and report["stages"].get("build", {}).get("status", "passed") != "passed":
             report["stages"][name] = {"status": "not run: the build failed", "seconds": 0.0}
             continue
-        share = BENCHMARK_SHARE * left if name == "benchmark" and "persistent" in wanted else left
-        report["stages"][name] = run_stage(name, min(LIMITS.get(name, share), left), arguments)
+        report["stages"][name] = run_stage(name, min(LIMITS.get(name, left), left), arguments)
         save(arguments.out, report)
     save(arguments.out, report)
     print(markdown(report))

@@ -145,7 +145,7 @@ def modules(case: Case, plumbing: Plumbing) -> tuple[nn.RNNBase, nn.RNNBase, Ten
 def compare(functions: Mapping[str, timing.Function], plumbing: Plumbing) -> timing.Comparison:
     """Time them in turn, for a second or two."""
     return timing.compare(
-        functions, budget=0.8, clock=timing.clock_for(plumbing.device), limit=2.0, max_rounds=100, min_sample=2e-4
+        functions, budget=0.5, clock=timing.clock_for(plumbing.device), limit=1.2, max_rounds=100, min_sample=2e-4
     )
 
 
@@ -211,10 +211,7 @@ def _captured(function: Callable[[], object]) -> Callable[[], object]:
     return replay
 
 
-def by_plan(
-    plumbing: Plumbing, arguments: argparse.Namespace, plan: str, wanted: Callable[[Case], bool]
-) -> dict[str, Any]:
+def by_plan(plumbing: Plumbing, arguments: argparse.Namespace, plan: str) -> dict[str, Any]:
     """Ours and torch.nn's in turn, ours as `plan` wishes."""
     os.environ[PLAN] = plan
-    chosen = [case for case in selected(plumbing, arguments) if wanted(case)]
-    return measure_each(plumbing, arguments, plan, chosen, measure)
+    return measure_each(plumbing, arguments, plan, selected(plumbing, arguments), measure)

@@ -1,7 +1,7 @@
 """The stage `tune` of `gpu_check.py`: which alternative of the plan is the fastest for each scan, as data for the plan.
 
-A scan is one of the 16-bit shapes of the grids, forward for inference, forward for training, or backward. Stepwise and
-the alternatives near the model's best are timed in turn, as calls of the layer's op alone. What gives wrong results, or
+A scan is one of the shapes of the grids, forward for inference, forward for training, or backward. Stepwise and the
+alternatives near the model's best are timed in turn, as calls of the layer's op alone. What gives wrong results, or
 an error, is recorded and out of the race. The best go to `cuda_plans.csv` among the results, in the format of
 fastrnn/cuda_plans.csv.
 """
@@ -54,11 +54,11 @@ def native() -> Any:
 
 
 def scans(cases: Iterable[Case]) -> list[Case]:
-    """Every scan of the 16-bit cases once, as cases whose mode is the scan."""
+    """Every scan of the cases once, as cases whose mode is the scan."""
     unique: dict[tuple[Any, ...], Case] = {}
     for case in cases:
-        for scan in SCANS if DTYPES[case.dtype].itemsize == 2 else ():
-            key = (case.cell, case.batch, case.hidden_size, scan)
+        for scan in SCANS:
+            key = (case.cell, DTYPES[case.dtype].itemsize, case.batch, case.hidden_size, scan)
             unique.setdefault(key, replace(case, grid="tune", steps=min(case.steps, STEPS), mode=scan))
     return list(unique.values())
 
@@ -70,6 +70,7 @@ def problem(case: Case) -> dict[str, Any]:
         "steps": case.steps,
         "batch": case.batch,
         "hidden_size": case.hidden_size,
+        "element_size": DTYPES[case.dtype].itemsize,
         "training": case.mode != "inference",
         "backward": case.mode == "backward",
     }
@@ -234,4 +235,5 @@ def _words(choice: dict[str, Any]) -> str:
     if choice["tier"] == "stepwise":
         return "stepwise"
     barrier = " barrier" if choice["exchange"] == "cluster barrier" else ""
-    return f"C{choice['cluster']} N{choice['rows']} R{choice['row_tiles']}{barrier}"
+    where = "G" if choice["tier"] == "grid" else "C"
+    return f"{where}{choice['cluster']} N{choice['rows']} R{choice['row_tiles']}{barrier}"

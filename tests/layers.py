@@ -11,7 +11,7 @@ from cuda_programs import ROOT, SIM, Case, from_bf16, to_bf16
 from fastrnn import reference
 
 SAVED = {"lstm": 5, "gru": 4}
-BLOCK, ASYNC, CLUSTER_BARRIER = range(3)  # as Exchange
+BLOCK, ASYNC, CLUSTER_BARRIER, GLOBAL = range(4)  # as Exchange
 
 
 def layer_case(
@@ -132,6 +132,8 @@ LAYERS = [
     layer_case("lstm", units=64),  # backward, a warp of each block has nothing for its own
     layer_case("lstm", cluster=4, directions=2),  # a block without units
     layer_case("gru", steps=4, batch=9, directions=2, lengths=[4, 4, 3, 3, 3, 1, 1, 1, 1], packed=True),
+    layer_case("lstm", exchange=GLOBAL),
+    layer_case("gru", batch=9, exchange=GLOBAL, directions=2, lengths=[5, 0, 3, 5, 1, 2, 3, 4, 5], resets=True),
 ]
 
 # A line of a kernel, what takes its place, and a case in which that shows.
@@ -142,12 +144,14 @@ FAULTS = {
     "one inbox": ("persistent_backward.cuh", "float* const place = inbox + (s + 1) % 2 *", "float* const place = inbox + s % 2 *", 0),  # noqa: E501
     "one operand": ("persistent_backward.cuh", "T* const own_gates = operand + s % 2 *", "T* const own_gates = operand + 0 *", 5),  # noqa: E501
     "a block without units sends": ("persistent_backward.cuh", "warp < plan.warps && rank < owners;", "warp < plan.warps;", 6),  # noqa: E501
-    "a packed row has no end": ("persistent_forward.cuh", "if (!valid && slice_.packed()) return;", "", 7),
+    "a packed row has no end": ("cells.cuh", "if (length_[r] < 0 || (time_.packed() && !valid)) continue;", "if (length_[r] < 0) continue;", 7),
     "no block barrier": ("persistent_backward.cuh", "gpu::syncthreads();", "", 0),
     "blocks do not begin together": ("persistent.cuh", "gpu::cluster_sync();", "gpu::syncthreads();", 0),
-    "no barrier of one block": ("persistent.cuh", "void wait(int64_t s) const {\n    if (exchange_ == Exchange::kBlock) {\n      gpu::syncthreads();", "void wait(int64_t s) const {\n    if (exchange_ == Exchange::kBlock) {", 2),  # noqa: E501
+    "no barrier of one block": ("persistent.cuh", "void wait(int s) const {\n    if (exchange_ == Exchange::kBlock) {\n      gpu::syncthreads();", "void wait(int s) const {\n    if (exchange_ == Exchange::kBlock) {", 2),  # noqa: E501
     "no cluster barrier": ("persistent.cuh", "    } else {\n      gpu::cluster_wait();", "    } else {", 3),
     "wrong parity": ("persistent.cuh", "(s - 1) / 2 % 2", "s / 2 % 2", 0),
+    "words are not waited for": ("grid.cuh", "if (!nothing(v)) return;", "return;", 8),
+    "sums of some warps": ("grid_forward.cuh", "gpu::syncthreads();\n      if (has_cell) {", "if (has_cell) {", 8),
     "too few bytes": ("persistent_forward.cuh", "arriving = static_cast<unsigned>(", "arriving = static_cast<unsigned>(-16 + ", 0),  # noqa: E501
 }  # fmt: skip
 

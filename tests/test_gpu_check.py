@@ -43,12 +43,12 @@ def test_stages_and_resume(tmp_path):
     assert set(row["microseconds"]) == {"cudnn", "fastrnn", "projection"}
     assert 0 < row["difference"] < 1e-5 or row["difference"] == 0
 
-    again = check(tmp_path, "--stages", "environment,build,benchmark,persistent", "--only", "tiny/*", "--resume")
+    again = check(tmp_path, "--stages", "environment,build,benchmark,stepwise", "--only", "tiny/*", "--resume")
     assert again.returncode == 0, again.stdout + again.stderr
     assert "build:" not in again.stdout.splitlines()[1]  # it had passed
     report = json.loads((tmp_path / "gpu_check.json").read_text())
     plans = [row["plan"] for row in report["rows"]]
-    assert plans == ["stepwise"] * 3 + ["auto"] * 2
+    assert plans == ["auto"] * 3 + ["stepwise"] * 3
     assert report["rows"][0] == row  # not measured twice
     assert "| tiny/lstm-bf16-N3-T4-I5-H7-forward stepwise |" in again.stdout
 
@@ -76,7 +76,7 @@ def test_a_stage_that_hangs_is_stopped(tmp_path, monkeypatch):
 def test_unknown_stage(tmp_path):
     done = check(tmp_path, "--stages", "tests")
     assert done.returncode == 2
-    assert "no stage tests: there are environment, build, test, sanitize, benchmark, persistent, tune" in done.stderr
+    assert "no stage tests: there are environment, build, test, sanitize, benchmark, tune, stepwise, cpu" in done.stderr
 
 
 TUNED = [f"tune/lstm-bf16-N3-T4-I5-H7-{scan}" for scan in gpu_tune.SCANS]
@@ -214,15 +214,19 @@ def test_tune_outlives_a_lost_gpu(tmp_path, plans, monkeypatch):
 
 
 def test_scans():
-    """Each 16-bit scan once, however many dtypes, modes and lengths the grids have of it; never many steps."""
+    """Each scan once, however many dtypes, modes and lengths the grids have of it; never many steps."""
     scans = gpu_tune.scans(gpu_cases.cases())
     names = [case.name for case in scans]
-    keys = [(case.cell, case.batch, case.hidden_size, case.mode) for case in scans]
+    keys = [
+        (case.cell, case.batch, case.hidden_size, gpu_cases.DTYPES[case.dtype].itemsize, case.mode) for case in scans
+    ]
     assert len(set(keys)) == len(keys)
     assert names[:3] == [f"tune/lstm-bf16-N16-T128-I768-H768-{scan}" for scan in gpu_tune.SCANS]
     assert max(case.steps for case in scans) == gpu_tune.STEPS and min(case.steps for case in scans) == 25
-    wanted = {(case.cell, case.batch, case.hidden_size) for case in gpu_cases.cases() if case.dtype != "fp32"}
-    assert {key[:3] for key in keys} == wanted
+    wanted = {
+        (case.cell, case.batch, case.hidden_size, gpu_cases.DTYPES[case.dtype].itemsize) for case in gpu_cases.cases()
+    }
+    assert {key[:4] for key in keys} == wanted
 
 
 def test_alternatives(native):

@@ -11,30 +11,32 @@ namespace {
 
 constexpr int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-// Clocks and rates of one multiprocessor that the model counts with. From documentation and published microbenchmarks,
-// not from measurements of these kernels: the first run on a GPU compares them.
+// Clocks and rates of one multiprocessor that the model counts with. Those of products and exchanges are from documentation
+// and published microbenchmarks; a cell's, the whole GPU's and a launch's were fitted to measurements on an H200
+// (docs/cuda.md).
 constexpr double kSharedBytesPerClock = 128;
-constexpr double kMatrixClocks = 6.5;            // of one mma.m16n8k16 on one of four tensor cores
-constexpr double kSpecialPerClock = 16;          // exp2 and reciprocal
-constexpr double kRemoteBytesPerClock = 20;      // arriving from other blocks of a cluster
-constexpr double kRemoteLatency = 200;           // of a store to another block, clocks
-constexpr double kClusterBarrier = 740;          // a releasing arrival waits for all earlier stores, through L2
+constexpr double kMatrixClocks = 6.5;  // of one mma.m16n8k16 on one of four tensor cores
+constexpr double kSpecialPerClock = 16;  // exp2 and reciprocal
+constexpr double kRemoteBytesPerClock = 20;  // arriving from other blocks of a cluster
+constexpr double kRemoteLatency = 200;  // of a store to another block, clocks
+constexpr double kClusterBarrier = 740;  // a releasing arrival waits for all earlier stores, through L2
 constexpr double kBlockBarrier = 40;
-constexpr double kProductLatency = 110;          // first operand read to last dependent sum
-constexpr double kCellLatency = 200;             // the chain of a cell, addresses and packing
-constexpr double kLaunchMicroseconds = 4;        // of a launch in a loop, its gap included
-// Of the whole GPU: from a word's store to its arrival in a register, a cell and what stands around it; and what a block
-// reads of the words, which all blocks read at the same time. Microseconds and bytes, as measured on an H200.
-constexpr double kGridLatency = 1.0, kGridCell = 0.4;
-constexpr double kGridMicrosecondsPerByte = 1.2e-5, kGridMicrosecondsPerSharedByte = 1.5e-7;
-constexpr double kMatrixProducts = 1260, kFloatProducts = 90;  // multiplications and additions a clock
-constexpr double kSpecialsOfCell = 2.5;          // exp2 and reciprocals for each gate of an element
+constexpr double kProductLatency = 110;  // first operand read to last dependent sum
+constexpr double kForwardCell = 600, kForwardElement = 400;  // a warp's instructions around its cells, and for each
+constexpr double kBackwardCell = 2200, kBackwardElement = 1000;  // element of a lane
+constexpr double kLaunchMicroseconds = 5;  // of a launch in a loop, its gap included
+constexpr double kFloatTeraflops = 45;  // a GEMM of float32, not of TF32
+// Of the whole GPU, forward and backward, in microseconds: a visit of a slice of the batch, what its exchange takes longer
+// where nothing else is to do, and a MB of words that all blocks read at the same time.
+constexpr double kGridVisit[] = {1.25, 2.4}, kGridLatency[] = {0.45, 0.5}, kGridMegabyte[] = {0.55, 0.3};
+constexpr double kFloatProducts = 90;  // multiplications and additions a clock
+constexpr double kSpecialsOfCell = 2.5;  // exp2 and reciprocals for each gate of an element
 
 // The largest number of clusters at once. A cluster lies in one group of multiprocessors, and groups are not even: what
-// was reported of H100s (16 blocks: 7 clusters, 8: 15, 4: 31, 2: 66, of 132) scaled to the device. Before a launch the
+// was reported of H100s (8 blocks: 15 clusters, 4: 31, 2: 66, of 132; 16: 7, of which 6 run) scaled to the device. Before a launch the
 // device itself is asked.
 int64_t clusters_at_once(int cluster, const CudaDevice& device) {
-  const double of_132 = cluster == 1 ? 132 : cluster == 2 ? 66 : cluster == 4 ? 31 : cluster == 8 ? 15 : 7;
+  const double of_132 = cluster == 1 ? 132 : cluster == 2 ? 66 : cluster == 4 ? 31 : cluster == 8 ? 15 : 6;
   return static_cast<int64_t>(of_132 * device.multiprocessors / 132);
 }
 
@@ -57,7 +59,10 @@ double predicted_step(const CudaPlan& plan, const CudaProblem& p, const CudaDevi
   const double weights = plan.warps * plan.row_tiles * std::max(0.0, used - plan.register_steps) * kFragmentBytes;
   const double operand = plan.warps * std::min(used, steps) * 16 * columns * p.element_size;
   const double product = std::max(matrix, (weights + operand) / kSharedBytesPerClock) + kProductLatency;
-  const double cell = plan.units * columns * kSpecialsOfCell * p.gates / kSpecialPerClock + kCellLatency;
+  const double elements = p.backward ? std::ceil(plan.units * columns / plan.threads) : 2.0 * plan.octets;
+  const double around = p.backward ? kBackwardCell + kBackwardElement * elements
+                                   : kForwardCell + kForwardElement * elements;
+  const double cell = plan.units * columns * kSpecialsOfCell * p.gates / kSpecialPerClock + around;
   double exchange = kBlockBarrier;
   if (plan.cluster > 1) {
     const double arriving = p.backward ? (owners - 1) * plan.units * columns * 4
@@ -153,8 +158,9 @@ CudaPlan try_grid(const CudaProblem& p, const CudaDevice& device, int octets, in
 
   constexpr int64_t kFloat = 4, kStageColumns = 32;
   const int64_t rows = is_16_bit ? int64_t{kMatrixRows} * plan.row_tiles : 8 * rows_of_lane;
-  const int64_t of_weights = is_16_bit ? int64_t{plan.shared_steps} * plan.row_tiles * kFragmentBytes
-                                       : plan.pairs * kStageColumns * rows * kFloat + kStageColumns * (columns + 4) * kFloat;
+  const int64_t of_weights = is_16_bit
+                                 ? int64_t{plan.shared_steps} * plan.row_tiles * kFragmentBytes
+                                 : plan.pairs * kStageColumns * rows * kFloat + kStageColumns * (columns + 4) * kFloat;
   const int64_t states = visits * (p.backward ? 1 : 2) * plan.units * columns * kFloat;
   const int64_t sums = plan.warps * rows * grid_sum_stride(groups) * kFloat;
   const int64_t fixed = plan.warps * of_weights + states;
@@ -163,14 +169,11 @@ CudaPlan try_grid(const CudaProblem& p, const CudaDevice& device, int octets, in
   if (plan.shared_bytes > device.shared_bytes || int64_t{255} * plan.threads > device.register_words) return {};
   plan.tier = Tier::kGrid;
 
-  // a visit's work, of which a step's exchange hides some where there are several
-  const double word_bytes = static_cast<double>(plan.depth * columns * p.element_size);
-  const double running = static_cast<double>(plan.blocks());
-  const double transfer = word_bytes * kGridMicrosecondsPerByte + word_bytes * running * kGridMicrosecondsPerSharedByte;
-  const double products = static_cast<double>(rows * plan.depth) * static_cast<double>(columns);
-  const double product = products / (is_16_bit ? kMatrixProducts : kFloatProducts) / (device.clock_ghz * 1e3);
-  const double visit = kGridCell + transfer + product;
-  plan.step_microseconds = std::max(kGridLatency + visit, static_cast<double>(visits) * visit);
+  const double words = static_cast<double>(plan.depth * columns * p.element_size * plan.blocks()) * 1e-6;
+  const double products = static_cast<double>(rows * plan.depth * columns);
+  const double product = is_16_bit ? 0.0 : products / kFloatProducts / (device.clock_ghz * 1e3);
+  const double visit = kGridVisit[p.backward] + kGridMegabyte[p.backward] * words + product;
+  plan.step_microseconds = static_cast<double>(visits) * visit + (visits == 1 ? kGridLatency[p.backward] : 0.0);
   return plan;
 }
 
@@ -223,7 +226,10 @@ double stepwise_microseconds(const CudaProblem& p, const CudaDevice& device) {
   const double bytes = static_cast<double>(p.directions) *
                        (static_cast<double>(p.gates * p.units * p.units * p.element_size) +
                         static_cast<double>(p.batch * p.units) * 4 * (2 * p.gates + p.saved));
-  return 2 * kLaunchMicroseconds + bytes / (device.memory_gbps * 1e3);
+  const double products = static_cast<double>(p.directions * p.gates * p.batch) *
+                          static_cast<double>(p.units * p.units);
+  const double arithmetic = p.element_size == 4 ? 2 * products / (kFloatTeraflops * 1e6) : 0.0;
+  return 2 * kLaunchMicroseconds + bytes / (device.memory_gbps * 1e3) + arithmetic;
 }
 
 namespace {

@@ -143,9 +143,7 @@ constexpr int grid_row_tiles(int gates, int octets, bool backward) {
   return backward ? (octets + 1) / 2 : row_tiles_of(gates, octets);
 }
 // Pairs of k-steps whose operands are asked for together, twice ahead: what is on its way at the same time.
-constexpr int grid_pairs_at_once(int row_tiles, int batch_groups) {
-  return (row_tiles <= 2 ? 4 : 2) / batch_groups;
-}
+constexpr int grid_pairs_at_once(int row_tiles, int batch_groups) { return (row_tiles <= 2 ? 4 : 2) / batch_groups; }
 // Of weights in registers: what 255 leave for sums, operands, addresses and a cell.
 constexpr int grid_register_pairs(int row_tiles, int batch_groups) {
   const int others = row_tiles == 1 ? 120 : 88;  // a tile alone is mostly backward, where a cell is more

@@ -338,10 +338,7 @@ class BackwardCells {
   // first_unit of the block; first_row of the slice of the batch; carry: shared [units * 8 * kGroups], what flows to the
   // step before element by element.
   GPU_FN BackwardCells(const Params& params, int first_unit, int first_row, float* carry)
-      : p_(params.step),
-        time_(params),
-        units_(params.plan.units),
-        first_unit_(first_unit) {
+      : p_(params.step), time_(params), units_(params.plan.units), first_unit_(first_unit) {
     take(first_row, carry);
   }
 
@@ -504,9 +501,7 @@ class BackwardCells {
   }
   static GPU_FN int index(int i) { return i * kPersistentWarps * 32 + static_cast<int>(threadIdx.x); }
   GPU_FN bool exists(int i) const { return index(i) < units_ * kMatrixColumns * kGroups; }
-  static GPU_FN Element<kMatrixColumns * kGroups> element(int i) {
-    return Element<kMatrixColumns * kGroups>(index(i));
-  }
+  static GPU_FN Element<kMatrixColumns * kGroups> element(int i) { return Element<kMatrixColumns * kGroups>(index(i)); }
   GPU_FN int unit(int i) const { return first_unit_ + element(i).u; }
   GPU_FN int n(int i) const { return first_row_ + element(i).column; }
   GPU_FN float& carried(int i) const { return carry_[index(i)]; }

@@ -61,7 +61,8 @@ class Ring {
   // Of the `all` steps some will want the place of step s.
   GPU_FN void empty(int s, int all, int octet, int u, int column) const {
     constexpr int kUnitsOfWord = 4 / sizeof(T);
-    if (s >= 0 && s + kRing < all && u % kUnitsOfWord == 0) gpu::store_relaxed_gpu(at(s, octet, column) + u / kUnitsOfWord, kNothing);
+    if (s >= 0 && s + kRing < all && u % kUnitsOfWord == 0)
+      gpu::store_relaxed_gpu(at(s, octet, column) + u / kUnitsOfWord, kNothing);
   }
 
  private:
@@ -93,7 +94,8 @@ inline constexpr int kSumStride = grid_sum_stride(kGroups);
 // k-step, 4 to 7 for the second; the order of columns in a product is free.
 template <class T, int kTiles, int kGroups, int kRegisterPairs>
 class GridProduct {
-  static constexpr int kAtOnce = grid_pairs_at_once(kTiles, kGroups);  // the operands of so many are on their way together
+  static constexpr int kAtOnce = grid_pairs_at_once(kTiles,
+                                                    kGroups);  // the operands of so many are on their way together
   static_assert(kRegisterPairs % kAtOnce == 0 && kRegisterPairs > 0);
   static constexpr int kParity = kRegisterPairs / kAtOnce % 2;  // of the first batch that shared memory has
   static constexpr int kChains = kTiles * kGroups < 4 ? 2 : 1;
@@ -154,7 +156,8 @@ class GridProduct {
 #pragma unroll 1
     for (int j = kRegisterPairs; j < pairs_; j += 2 * kAtOnce) {
       add_shared(sums, words, kParity == 0 ? even : odd, kParity == 0 ? odd : even, j);
-      if (j + kAtOnce < pairs_) add_shared(sums, words, kParity == 0 ? odd : even, kParity == 0 ? even : odd, j + kAtOnce);
+      if (j + kAtOnce < pairs_)
+        add_shared(sums, words, kParity == 0 ? odd : even, kParity == 0 ? even : odd, j + kAtOnce);
     }
     const int g = lane_ / 4, t = lane_ % 4;
 #pragma unroll
@@ -234,7 +237,7 @@ class GridProduct {
 #pragma unroll
         for (int m = 0; m < 2 * kTiles; ++m) {
           const uint4 v = shared_[((j + i - kRegisterPairs) * 2 * kTiles + m) * 32];
-          uint32_t(&to)[4] = a[m / kTiles][m % kTiles];
+          uint32_t (&to)[4] = a[m / kTiles][m % kTiles];
           to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
         }
         add(sums, a[0], a[1], now[i]);
@@ -342,9 +345,7 @@ class GridProduct32 {
     int octet, half, column;
     GPU_FN explicit Part(int i) : octet(i / (2 * kColumns)), half(i / kColumns % 2), column(i % kColumns) {}
   };
-  GPU_FN bool has(int j, const Part& part) const {
-    return j < pairs_ && 4 * (first_ + j) + part.octet < octets_;
-  }
+  GPU_FN bool has(int j, const Part& part) const { return j < pairs_ && 4 * (first_ + j) + part.octet < octets_; }
   GPU_FN const uint4* place(const uint4* words, int j, const Part& part) const {
     return words + ((4 * (first_ + j) + part.octet) * kColumns + part.column) * 2 + part.half;
   }

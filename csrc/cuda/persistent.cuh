@@ -43,7 +43,7 @@ class Product {
     }
     constexpr int kLast = kRegisterSteps % kStepsAtOnce;
     uint32_t operands[2][kStepsAtOnce][kGroups][2];  // of these k-steps and, on their way, of the next
-    const auto read_some = [&](uint32_t(&b)[kStepsAtOnce][kGroups][2], int first) {
+    const auto read_some = [&](uint32_t (&b)[kStepsAtOnce][kGroups][2], int first) {
 #pragma unroll
       for (int s = 0; s < kStepsAtOnce; s += 2) {
         if (kLast == 0 || first + s < kRegisterSteps) read(b[s], b[s + 1], operand, depth, first + s);

@@ -22,9 +22,7 @@ std::string wish() {
   return variable == nullptr ? kDefaultWish : variable;
 }
 
-int bytes_of(Storage storage) {
-  return storage == Storage::kDouble ? 8 : storage == Storage::kFloat ? 4 : 2;
-}
+int bytes_of(Storage storage) { return storage == Storage::kDouble ? 8 : storage == Storage::kFloat ? 4 : 2; }
 
 // Kernels count rows and steps in 32 bits.
 bool rows_fit(const StepTable& table) {
@@ -79,9 +77,9 @@ bool run(CellKind kind, Storage storage, const Gpu& gpu, const Layout& l, const 
   scan.step_stride = step_stride;
   const auto options = weights[0].options();
   constexpr int64_t kFragmentLane = 16;  // bytes
-  const Tensor memory =
-      grid ? at::full({scan.plan.ring_words(p.table.steps, l.directions, bytes_of(storage))}, -1, options.dtype(at::kInt))
-           : at::empty({scan.plan.fragments(l.directions) * kFragmentLane}, options.dtype(at::kByte));
+  const Tensor memory = grid ? at::full({scan.plan.ring_words(p.table.steps, l.directions, bytes_of(storage))}, -1,
+                                        options.dtype(at::kInt))
+                             : at::empty({scan.plan.fragments(l.directions) * kFragmentLane}, options.dtype(at::kByte));
   scan.packed = memory.mutable_data_ptr();
   Tensor layout;  // [T + N] of a packed batch: where steps begin, and lengths
   if (packed != nullptr) {

@@ -30,7 +30,37 @@ CudaProblem problem_of(CellKind kind, int64_t units, int64_t batch, int directio
           .backward = backward};
 }
 
+// A team of blocks holds all weights, all teams run at the same time, and together they have all of the batch.
+void check_grid_fits(const CudaPlan& plan, const CudaProblem& p, const CudaDevice& device) {
+  CHECK(plan.exchange == Exchange::kGlobal && plan.threads == 256 && plan.warps >= 1 && plan.warps <= 8);
+  CHECK(plan.threads * 255 <= device.register_words && plan.shared_bytes <= device.shared_bytes);
+  CHECK(plan.blocks() <= device.multiprocessors && plan.blocks() == int64_t{plan.teams} * p.directions * plan.cluster);
+  CHECK(int64_t{plan.slices} * 8 * plan.batch_groups >= p.batch && plan.teams <= plan.slices);
+  CHECK(int64_t{plan.units} * plan.cluster >= p.units && int64_t{plan.units} * (plan.cluster - 1) < p.units);
+  CHECK(plan.depth >= (p.backward ? p.gates : 1) * p.units && plan.warps * plan.pairs * 32 >= plan.depth);
+  CHECK((plan.warps - 1) * plan.pairs * 32 < plan.depth);  // no warp is without
+  CHECK(plan.units * 8 * plan.batch_groups <= plan.threads);  // one element each
+  const int64_t columns = int64_t{8} * plan.batch_groups, visits = divide_up(plan.slices, plan.teams);
+  int64_t held = 0, rows = 0;
+  if (p.element_size == 2) {
+    rows = 16 * plan.row_tiles;
+    CHECK(rows >= plan.units * (p.backward ? 1 : p.gates) && plan.register_steps + plan.shared_steps >= 2 * plan.pairs);
+    CHECK(4 * plan.register_steps * plan.row_tiles <= 160);
+    held = int64_t{plan.shared_steps} * plan.row_tiles * plan.warps * kFragmentBytes;
+  } else {
+    rows = int64_t{plan.units} * (p.backward ? 1 : p.gates);
+    held = int64_t{plan.warps} * plan.pairs * 32 * (rows + columns + 4) * 4 -
+           int64_t{plan.warps} * (plan.pairs - 1) * 32 * (columns + 4) * 4;
+  }
+  const int64_t sums = plan.warps * rows * (plan.batch_groups == 1 ? 8 : 24) * 4 * plan.buffers;
+  CHECK(plan.shared_bytes >= held + sums + visits * (p.backward ? 1 : 2) * plan.units * columns * 4);
+  CHECK(plan.ring_words(p.steps, p.directions, p.element_size) * 4 ==
+        std::min<int64_t>(p.steps + 1, kRing) * p.directions * plan.slices * plan.depth * columns * p.element_size);
+  CHECK(plan.step_microseconds > 0.1 && plan.step_microseconds < 1e4);
+}
+
 void check_fits(const CudaPlan& plan, const CudaProblem& p, const CudaDevice& device) {
+  if (plan.tier == Tier::kGrid) return check_grid_fits(plan, p, device);
   CHECK(plan.tier == (plan.cluster == 1 ? Tier::kBlock : Tier::kCluster));
   CHECK(plan.cluster >= 1 && plan.cluster <= device.max_cluster && plan.cluster <= 16);
   CHECK((plan.cluster & (plan.cluster - 1)) == 0);
@@ -60,7 +90,7 @@ void check_fits(const CudaPlan& plan, const CudaProblem& p, const CudaDevice& de
   const int64_t columns = int64_t{8} * plan.batch_groups;
   if (p.backward) {
     CHECK(plan.depth >= p.gates * plan.units && int64_t{plan.warps} * plan.row_tiles * 16 >= p.units);
-    CHECK(int64_t{plan.units} * columns <= int64_t{plan.threads} * kElementsOfThread);
+    CHECK(int64_t{plan.units} * columns <= int64_t{plan.threads} * elements_of_thread(plan.batch_groups));
     const int64_t inboxes = 2 * int64_t{plan.owners} * plan.units * columns * 4;
     CHECK(plan.shared_bytes >= held + inboxes + 2 * plan.depth * columns * 2 + plan.units * columns * 4 + 16);
   } else {
@@ -81,8 +111,10 @@ void test_table() {
       for (const int64_t units : {1, 3, 8, 17, 32, 64, 100, 128, 205, 256, 384, 500, 512, 768, 800, 1024, 2048}) {
         for (const int64_t batch : {1, 2, 7, 16, 33, 256}) {
           for (const int directions : {1, 2}) {
-            for (const bool backward : {false, true}) {
-              const CudaProblem problem = problem_of(static_cast<CellKind>(kind), units, batch, directions, backward);
+            for (const int half : {0, 1, 2, 3}) {
+              const bool backward = half % 2 == 1;
+              CudaProblem problem = problem_of(static_cast<CellKind>(kind), units, batch, directions, backward);
+              problem.element_size = half < 2 ? 2 : 4;
               const auto plans = persistent_plans(problem, device);
               double before = 0;
               std::set<std::tuple<Exchange, int, int, int>> choices;
@@ -242,7 +274,9 @@ void test_tuned_text() {
   refused("90,132,gru,2,training,8,512 ,1,cluster,async,8,8,6", "hidden_size should be a positive number");
   refused("90,132,gru,2,training,8,99999999999999999999,1,cluster,async,8,8,6", "hidden_size should be");
   refused("90,132,gru,2,training,8,512,-1,cluster,async,8,8,6", "directions should be a positive number");
-  refused("90,132,gru,2,training,8,512,1,grid,async,8,8,6", "tier should be one of stepwise, block, cluster");
+  refused("90,132,gru,2,training,8,512,1,team,global,8,8,6", "tier should be one of stepwise, block, cluster, grid");
+  refused("90,132,gru,2,training,8,512,1,grid,async,8,8,6", "tier, exchange and cluster do not go together");
+  refused("90,132,gru,2,training,8,512,1,cluster,global,8,8,6", "tier, exchange and cluster do not go together");
   refused("90,132,gru,2,training,8,512,1,cluster,flags,8,8,6", "exchange should be one of block");
   refused("90,132,gru,2,training,8,512,1,cluster,async,8,8,", "row_tiles should be a positive number, got ''");
   refused("90,132,gru,2,training,8,512,1,cluster,async,8,12,6", "rows should be a multiple of 8");
@@ -268,30 +302,31 @@ void test_plan_cuda() {
   const CudaProblem lstm = problem_of(CellKind::kLstm, 256, 8, 1, false);
   const auto plan = plan_cuda(lstm, h200, "auto");
   CHECK(plan.tier == Tier::kCluster && plan.exchange == Exchange::kAsync);
-  CHECK(plan_cuda(problem_of(CellKind::kLstm, 2048, 8, 1, false), h200, "persistent").tier == Tier::kStepwise);
-  for (const bool backward : {false, true}) {
-    for (const CellKind kind : {CellKind::kLstm, CellKind::kGru}) {
-      for (int64_t units = 8; units <= 768; ++units) {  // what a cluster of 16 holds
-        CHECK(plan_cuda(problem_of(kind, units, 8, 1, backward), h200, "persistent").tier != Tier::kStepwise);
+  CHECK(plan_cuda(problem_of(CellKind::kLstm, 2048, 8, 1, false), h200, "persistent").tier == Tier::kGrid);
+  CHECK(plan_cuda(problem_of(CellKind::kLstm, 4096, 8, 1, false), h200, "persistent").tier == Tier::kStepwise);
+  const auto has = [](Tier tier, const CudaProblem& problem, const CudaDevice& device) {
+    const auto plans = persistent_plans(problem, device);
+    return std::any_of(plans.begin(), plans.end(), [&](const CudaPlan& p) { return p.tier == tier; });
+  };
+  for (const CellKind kind : {CellKind::kLstm, CellKind::kGru}) {
+    for (const bool backward : {false, true}) {
+      const int most = backward ? 512 : 768;  // what a cluster of 16 holds
+      for (int units = 8; units <= 2048; ++units) {
+        const CudaProblem problem = problem_of(kind, units, 8, 1, backward);
+        CHECK(units > 1056 || plan_cuda(problem, h200, "persistent").tier != Tier::kStepwise);
+        CHECK(units < 64 || has(Tier::kCluster, problem, h200) == (units <= most));
       }
-      const CudaPlan widest = plan_cuda(problem_of(kind, 768, 8, 1, backward), h200, "persistent");
-      CHECK(widest.cluster == 16 && widest.units == 48);
-      CHECK(!backward || kind != CellKind::kLstm || widest.shared_bytes == 228880);  // docs/cuda.md counts them
-      CHECK(persistent_plans(problem_of(kind, 769, 8, 1, backward), h200).empty());
+      // no clusters: one block, or the whole GPU
+      CHECK(plan_cuda(problem_of(kind, 512, 8, 1, backward), a100, "persistent").tier == Tier::kGrid);
+      CHECK(has(Tier::kBlock, problem_of(kind, 64, 8, 1, backward), a100));
+      CHECK(!has(Tier::kCluster, problem_of(kind, 64, 8, 1, backward), a100));
     }
-    // no clusters: only what one block holds
-    CHECK(plan_cuda(problem_of(CellKind::kGru, 512, 8, 1, backward), a100, "persistent").tier == Tier::kStepwise);
-    CHECK(plan_cuda(problem_of(CellKind::kGru, 64, 8, 1, backward), a100, "persistent").tier == Tier::kBlock);
-  }
-  // 16 rows of the batch, where clusters of 8 would take turns
-  for (const bool backward : {false, true}) {
-    const auto groups = [&](int64_t batch) {
-      return plan_cuda(problem_of(CellKind::kGru, 640, batch, 1, backward), h200, "persistent").batch_groups;
-    };
-    CHECK(groups(8) == 1 && groups(56) == 1 && groups(57) == 2 && groups(112) == 2);
   }
   CudaProblem other = lstm;
   other.element_size = 4;
+  for (const CudaPlan& one : persistent_plans(other, h200)) CHECK(one.tier == Tier::kGrid);
+  CHECK(!persistent_plans(other, h200).empty());
+  other.element_size = 8;
   CHECK(persistent_plans(other, h200).empty());
   other = lstm;
   other.projected = true;

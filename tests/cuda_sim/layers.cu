@@ -2,6 +2,8 @@
 // small enough for ThreadSanitizer.
 #include "core/plan_cuda.cpp"
 #include "core/tuned_cuda.cpp"
+#include "grid_backward.cuh"
+#include "grid_forward.cuh"
 #include "persistent_backward.cuh"
 #include "persistent_forward.cuh"
 #include "persistent_launch.cuh"
@@ -46,7 +48,9 @@ CudaPlan plan_of(const Case& c, bool backward) {
                             .training = true,
                             .backward = backward};
   for (const CudaPlan& plan : fastrnn::persistent_plans(problem, fastrnn::cuda_device("h200"))) {
-    const bool tile = backward ? plan.row_tiles == 2 : plan.batch_groups == 1 && plan.octets <= 2 && plan.row_tiles < 4;
+    const bool global = c.number("exchange") == static_cast<int>(fastrnn::Exchange::kGlobal);
+    if (global && plan.tier == fastrnn::Tier::kGrid && plan.octets == 1 && plan.batch_groups == 1) return plan;
+    const bool tile = backward ? plan.row_tiles == 2 : plan.octets <= 2 && plan.row_tiles < 4;
     if (plan.cluster == c.number("cluster") && static_cast<int>(plan.exchange) == c.number("exchange") && tile)
       return plan;
   }
@@ -75,8 +79,17 @@ void layer(const Case& c) {
   f.h_n = c.array<void>("h_n");
   f.c_n = optional(c, "c_n");
   scan.plan = plan_of(c, false);
-  fastrnn::run_scan(fastrnn::persistent_forward_kernel<Cell, bf16, fastrnn::narrow_octets(Cell::kGates), 1>, gates, f,
-                    scan, nullptr);
+  const bool grid = scan.plan.tier == fastrnn::Tier::kGrid;
+  const auto nothing_yet = [&] {
+    memset(scan.packed, 0xff, scan.plan.ring_words(f.table.steps, directions, sizeof(bf16)) * 4);
+  };
+  if (grid) {
+    nothing_yet();
+    fastrnn::run_grid(fastrnn::grid_forward_kernel<Cell, bf16, 1, 1>, f, scan, nullptr);
+  } else {
+    fastrnn::run_scan(fastrnn::persistent_forward_kernel<Cell, bf16, fastrnn::narrow_octets(Cell::kGates), 1>, gates, f,
+                      scan, nullptr);
+  }
 
   fastrnn::StepBackward b;
   b.table = f.table;
@@ -93,7 +106,12 @@ void layer(const Case& c) {
   b.grad_first = c.array<void>("grad_first");
   b.previous = c.array<void>("previous");
   scan.plan = plan_of(c, true);
-  fastrnn::run_scan(fastrnn::persistent_backward_kernel<Cell, bf16, 2, 1>, gates, b, scan, nullptr);
+  if (grid) {
+    nothing_yet();
+    fastrnn::run_grid(fastrnn::grid_backward_kernel<Cell, bf16, 1, 1>, b, scan, nullptr);
+  } else {
+    fastrnn::run_scan(fastrnn::persistent_backward_kernel<Cell, bf16, 2, 1>, gates, b, scan, nullptr);
+  }
 }
 
 }  // namespace
