@@ -142,10 +142,17 @@ def modules(case: Case, plumbing: Plumbing) -> tuple[nn.RNNBase, nn.RNNBase, Ten
         return theirs, ours, input, difference(case, ours(input)[0], theirs(input)[0])
 
 
-def compare(functions: Mapping[str, timing.Function], plumbing: Plumbing) -> timing.Comparison:
-    """Time them in turn, for a second or two."""
+def compare(
+    functions: Mapping[str, timing.Function], plumbing: Plumbing, budget: float = 0.35
+) -> timing.Comparison:
+    """Time them in turn, for about so many seconds."""
     return timing.compare(
-        functions, budget=0.5, clock=timing.clock_for(plumbing.device), limit=1.2, max_rounds=100, min_sample=2e-4
+        functions,
+        budget=budget,
+        clock=timing.clock_for(plumbing.device),
+        limit=2.5 * budget,
+        max_rounds=100,
+        min_sample=2e-4,
     )
 
 

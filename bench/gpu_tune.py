@@ -40,7 +40,8 @@ SCANS = ("inference", "training", "backward")
 CELLS = {"rnn": "rnn_tanh", "lstm": "lstm", "gru": "gru"}
 STEPS = 128  # at most: the choice is per step, and the sweep is to be short
 WITHIN = 2.0  # alternatives that the model has slower than its best by more are not tried
-MOST = 8  # nor more of them
+MOST = 6  # nor more of them
+BUDGET = 0.2  # seconds for each scan
 CHOICE = ("tier", "exchange", "cluster", "rows", "row_tiles")  # what tells a plan from the others of its scan
 FAILURE = "tune, failed"
 
@@ -134,7 +135,7 @@ def tune_one(
             expected = functions["stepwise"]()
             for wish in functions:
                 check(case, functions[wish](), expected)
-            comparison = compare(functions, plumbing)
+            comparison = compare(functions, plumbing, BUDGET)
             break
         except (RuntimeError, DisagreementError) as error:
             wish = os.environ[PLAN]  # that of the call that failed: the clock waits for each

@@ -54,9 +54,10 @@ CudaPlan plan_of(CellKind kind, Storage storage, const CudaDevice& device, const
 
 // Whether the scan goes step by step, the device having no room for the plan.
 bool falls_back(const CudaPlan& plan, bool can_run) {
+  const bool grid = plan.tier == Tier::kGrid;
   TORCH_CHECK(can_run || !wish().starts_with("persistent:"), "FASTRNN_CUDA_PLAN=", wish(),
-              " cannot run: this device has no room for ", plan.tier == Tier::kGrid ? plan.blocks() : plan.cluster,
-              plan.tier == Tier::kGrid ? " blocks at the same time with " : " blocks of a cluster with ",
+              " cannot run: this device has no room for ", grid ? "" : "a cluster of ",
+              grid ? plan.blocks() : plan.cluster, grid ? " blocks at the same time" : " blocks", " with ",
               plan.shared_bytes, " bytes of shared memory each");
   return !can_run;
 }

@@ -157,6 +157,9 @@ __global__ void flags(const int* x, int* between, unsigned* words, uint64_t* car
     while ((carrier = gpu::load_relaxed_gpu(carriers + 31 - i)) >> 32 == 0) spin();
     out[64 + i] = static_cast<int>(carrier);
     while (gpu::load_relaxed_gpu(words + 2) != 32 || gpu::load_relaxed_gpu(words + 3) != 7) spin();
+    gpu::fence_gpu();
+    const uint4 all = gpu::load_relaxed_gpu(reinterpret_cast<const uint4*>(words));
+    if (all.x != 1 || all.y != 32 || all.z != 32 || all.w != 7) out[64 + i] = -1;
   }
 }
 
