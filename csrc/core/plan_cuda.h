@@ -129,8 +129,8 @@ constexpr int forward_register_steps(int gates, int separate, int saved, int oct
 }
 // Cells and products take turns: nothing of a cell is in registers while sums are.
 constexpr int backward_register_steps(int row_tiles, int batch_groups) {
-  constexpr int kCarried = 24;
-  return register_steps_of(row_tiles, batch_groups, kCarried);
+  const int carried = row_tiles == 2 ? 32 : 24;  // few tiles need more registers for addresses
+  return register_steps_of(row_tiles, batch_groups, carried);
 }
 
 // --- The same for Tier::kGrid -----------------------------------------------------------------------------------------

@@ -393,31 +393,18 @@ class BackwardCells {
         if (own == 0 && p_.grad_output != nullptr)
           gpu::prefetch_l2(static_cast<const T*>(p_.grad_output) + time_.of_rows(then, unit(i)));
       }
-      const Sequence s = time_.sequence(n(i), length_[i]);
-      const bool flows = s.flows(t, reverse), enters = s.enters(t, reverse), last = s.last(t, reverse);
+      // nothing here uses what it loads, so nothing waits: what is not meant to be seen, compute does not look at
       const float* const from = reserve + time_.of_direction(row, width, unit(i));
 #pragma unroll
       for (int k = 0; k < kSaved; ++k) saved_[i][k] = from[k * units];
       const uint64_t of_rows = time_.of_rows(row, unit(i));
-      grad_h_[i] = value_of<T>(p_.grad_output, of_rows);
-      if (last) grad_h_[i] += value_of<T>(p_.grad_h_n, of_batch(i));
-      h_before_[i] = 0.f;
+      grad_output_[i] = raw(p_.grad_output, of_rows);
       if (kState == ElementState::kHidden || p_.previous != nullptr) {
-        if (flows) {
-          h_before_[i] = value_of<T>(p_.output, time_.of_rows(then, unit(i)));
-        } else if (enters) {
-          h_before_[i] = value_of<T>(p_.h0, of_batch(i));
-        }
+        h_before_[i] = raw(p_.output, time_.of_rows(then, unit(i)));
       }
       if constexpr (kState == ElementState::kCell) {
-        c_before_[i] = 0.f;
-        if (flows) {
-          c_before_[i] = before[(kSaved - 1) * units];
-        } else if (enters) {
-          c_before_[i] = value_of<T>(p_.c0, of_batch(i));
-        }
-        grad_c_[i] = value_of<T>(p_.grad_cells, of_rows);
-        if (last) grad_c_[i] += value_of<T>(p_.grad_c_n, of_batch(i));
+        c_before_[i] = before[(kSaved - 1) * units];
+        grad_cells_[i] = raw(p_.grad_cells, of_rows);
       }
     });
   }
@@ -430,26 +417,38 @@ class BackwardCells {
     const int units = static_cast<int>(p_.units), width = kGates * units;
     each([&](int i) {
       const bool valid = t < length_[i];
-      T of_input[kGates], of_recurrent[kGates];
-      const Sequence s = time_.sequence(n(i), length_[i]);
+      T of_input[kGates], of_recurrent[kGates], h_before = gpu::from_float<T>(0.f);
+      bool enters = false;  // does the initial state?
       if (valid) {
-        const bool on = !s.last(t, reverse) && s.flows(reverse ? t - 1 : t + 1, reverse);
+        const bool ends = t == (reverse ? 0 : length_[i] - 1);
+        bool on = !ends,
+             flows = t != (reverse ? length_[i] - 1 : 0);  // the state, into the step after and into this one
+        enters = !flows;
+        if (p_.table.reset != nullptr) {
+          const Sequence s = time_.sequence(n(i), length_[i]);
+          on = on && s.flows(reverse ? t - 1 : t + 1, reverse);
+          flows = s.flows(t, reverse), enters = s.enters(t, reverse);
+        }
         CellValue<T> saved[kSaved], grad_gate[kGates + kSeparate], previous(0.f), carry(0.f);
 #pragma unroll
         for (int k = 0; k < kSaved; ++k) saved[k] = saved_[i][k];
-        float grad_h = grad_h_[i];
+        if (flows) h_before = h_before_[i];
+        if (enters) h_before = raw(p_.h0, of_batch(i));
+        float grad_h = gpu::to_float(grad_output_[i]);
+        if (ends) grad_h += value_of<T>(p_.grad_h_n, of_batch(i));
         if (on) grad_h += incoming(element(i).u, element(i).column);
         if constexpr (kState == ElementState::kCell) {
-          previous = c_before_[i];
-          carry = grad_c_[i] + (on ? carried(i) : 0.f);
+          if (flows) previous = c_before_[i];
+          if (enters) previous = value_of<T>(p_.c0, of_batch(i));
+          float grad_c = gpu::to_float(grad_cells_[i]);
+          if (ends) grad_c += value_of<T>(p_.grad_c_n, of_batch(i));
+          carry = grad_c + (on ? carried(i) : 0.f);
         } else if constexpr (kState == ElementState::kHidden) {
-          previous = h_before_[i];
+          previous = gpu::to_float(h_before);
           grad_h += on ? carried(i) : 0.f;
         }
         Cell::backward(saved, previous, CellValue<T>(grad_h), carry, grad_gate);
-        if (kState != ElementState::kNone) {
-          carried(i) = s.flows(t, reverse) || s.enters(t, reverse) ? float(carry) : 0.f;
-        }
+        if (kState != ElementState::kNone) carried(i) = flows || enters ? float(carry) : 0.f;
 #pragma unroll
         for (int g = 0; g < kGates; ++g) {
           of_input[g] = gpu::from_float<T>(grad_gate[g]);
@@ -465,7 +464,7 @@ class BackwardCells {
       const unsigned row = row_[i];
       if (p_.previous != nullptr) {
         const uint64_t at = time_.of_direction(row, units, unit(i));
-        static_cast<T*>(p_.previous)[at] = gpu::from_float<T>(valid ? h_before_[i] : 0.f);
+        static_cast<T*>(p_.previous)[at] = h_before;
       }
       const uint64_t at = time_.of_direction(row, width, unit(i));
 #pragma unroll
@@ -474,7 +473,7 @@ class BackwardCells {
 #pragma unroll
         for (int g = 0; g < kGates; ++g) static_cast<T*>(p_.grad_recurrent)[at + g * units] = of_recurrent[g];
       }
-      if (p_.grad_first != nullptr && valid && s.enters(t, reverse)) {
+      if (p_.grad_first != nullptr && enters) {
         T* const to = static_cast<T*>(p_.grad_first) + time_.of_batch(n(i), width, unit(i));
 #pragma unroll
         for (int g = 0; g < kGates; ++g) to[g * units] = of_recurrent[g];
@@ -502,6 +501,9 @@ class BackwardCells {
   static GPU_FN int index(int i) { return i * kPersistentWarps * 32 + static_cast<int>(threadIdx.x); }
   GPU_FN bool exists(int i) const { return index(i) < units_ * kMatrixColumns * kGroups; }
   static GPU_FN Element<kMatrixColumns * kGroups> element(int i) { return Element<kMatrixColumns * kGroups>(index(i)); }
+  static GPU_FN T raw(const void* p, uint64_t index) {
+    return p == nullptr ? gpu::from_float<T>(0.f) : static_cast<const T*>(p)[index];
+  }
   GPU_FN int unit(int i) const { return first_unit_ + element(i).u; }
   GPU_FN int n(int i) const { return first_row_ + element(i).column; }
   GPU_FN float& carried(int i) const { return carry_[index(i)]; }
@@ -514,7 +516,8 @@ class BackwardCells {
   float* carry_;
   int length_[kMost];  // -1 beyond the batch and beyond the units
   unsigned row_[kMost];  // of the step
-  float saved_[kMost][kSaved], grad_h_[kMost], h_before_[kMost], c_before_[kMost], grad_c_[kMost];
+  float saved_[kMost][kSaved], c_before_[kMost];
+  T grad_output_[kMost], grad_cells_[kMost], h_before_[kMost];
 };
 
 }  // namespace fastrnn
