@@ -142,9 +142,7 @@ def modules(case: Case, plumbing: Plumbing) -> tuple[nn.RNNBase, nn.RNNBase, Ten
         return theirs, ours, input, difference(case, ours(input)[0], theirs(input)[0])
 
 
-def compare(
-    functions: Mapping[str, timing.Function], plumbing: Plumbing, budget: float = 0.35
-) -> timing.Comparison:
+def compare(functions: Mapping[str, timing.Function], plumbing: Plumbing, budget: float = 0.35) -> timing.Comparison:
     """Time them in turn, for about so many seconds."""
     return timing.compare(
         functions,

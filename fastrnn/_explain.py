@@ -88,8 +88,10 @@ def explain(
         lines.append(f"cpu capability: {_backend.native.cpu_capability()}")
         lines += _plans(module, cell, input, data, lengths)
     elif data.is_cuda:
-        stepwise = "stepwise, a matrix product and a pointwise kernel for each step"
-        lines.append(f"kernels: {stepwise}; FASTRNN_CUDA_PLAN chooses others for 16 bit (docs/cuda.md)")
+        lines.append(
+            "kernels: one launch for all steps where the plan has one, else a matrix product and a pointwise kernel "
+            "for each step; fastrnn._C.cuda_plan tells, FASTRNN_CUDA_PLAN chooses (docs/cuda.md)"
+        )
     return "\n".join(lines)
 
 

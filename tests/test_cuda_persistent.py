@@ -28,7 +28,7 @@ class Place:
         self.launches = 2
 
     def launches_per_call(self):
-        """The scan, whatever the number of steps, and for one block or clusters before it the packing of the weights; of
+        """The scan, whatever the number of steps; for one block or clusters the packing of the weights before it; of
         a packed batch its layout too."""
         return (emulation.library().launches() - self.before) / len(self.calls)
 
@@ -125,8 +125,8 @@ def take(place, monkeypatch):
     library.set_tuned_plans("")
 
 
-# Clusters of 1 to 16 blocks, some without units, both exchanges, every tile, and the whole GPU: the K-th plan forward, and
-# the K-th backward.
+# Clusters of 1 to 16 blocks, some without units, both exchanges, every tile, and the whole GPU: the K-th plan forward,
+# and the K-th backward.
 PLANS = 36
 
 

@@ -1,5 +1,5 @@
 // Scans that one launch runs for all steps, where the plan has one (core/plan_cuda.h). The environment variable
-// FASTRNN_CUDA_PLAN chooses: stepwise (the default), auto, persistent, or persistent:K for the K-th alternative. What the
+// FASTRNN_CUDA_PLAN chooses: auto (the default), stepwise, persistent, or persistent:K for the K-th alternative. What the
 // device has no room for goes step by step, except with persistent:K: who asks for one of them measures it, so nothing
 // else may run in its place.
 #pragma once
