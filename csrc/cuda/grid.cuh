@@ -27,7 +27,22 @@ struct GridParams : PersistentParams<Step> {
   int places;  // kRing, or fewer for all steps of a short scan
   int teams;  // of a direction
   int slices;  // of the batch
+
+  // [G*H, H] of a direction; no index into the parameters: it would put them into local memory.
+  template <class T>
+  GPU_FN const T* recurrent(int d) const {
+    return static_cast<const T*>(d == 0 ? weights[0] : weights[1]);
+  }
 };
+
+// Where a thread is: its block in the team, the team, the direction, its warp.
+struct GridPlace {
+  int rank, team, direction, warp;
+};
+GPU_FN GridPlace grid_place(const CudaPlan& plan) {
+  const int block = static_cast<int>(blockIdx.x);
+  return {block % plan.cluster, block / plan.cluster, static_cast<int>(blockIdx.y), static_cast<int>(threadIdx.x) / 32};
+}
 
 // Of the weights, the products' columns: 8 units at a time, of each gate backward.
 template <class T>
@@ -94,8 +109,8 @@ inline constexpr int kSumStride = grid_sum_stride(kGroups);
 // k-step, 4 to 7 for the second; the order of columns in a product is free.
 template <class T, int kTiles, int kGroups, int kRegisterPairs>
 class GridProduct {
-  static constexpr int kAtOnce = grid_pairs_at_once(kTiles,
-                                                    kGroups);  // the operands of so many are on their way together
+  // Pairs whose operands are on their way together.
+  static constexpr int kAtOnce = grid_pairs_at_once(kTiles, kGroups);
   static_assert(kRegisterPairs % kAtOnce == 0 && kRegisterPairs > 0);
   static constexpr int kParity = kRegisterPairs / kAtOnce % 2;  // of the first batch that shared memory has
   static constexpr int kChains = kTiles * kGroups < 4 ? 2 : 1;
@@ -105,7 +120,8 @@ class GridProduct {
   static constexpr int kColumns = kMatrixColumns * kGroups;
   using Sums = float[kChains][kTiles][kGroups][4];
 
-  // weights(m, octet, values): of row m of the block's tiles 8 columns, where there are such. shared: room for the pairs beyond registers, of a warp.
+  // weights(m, octet, values): of row m of the block's tiles 8 columns, where there are such. shared: room for the pairs
+  // beyond registers, of a warp.
   template <class Weights>
   GPU_FN void load(const Weights& weights, unsigned char* shared, int first_pair, int pairs, int octets) {
     lane_ = static_cast<int>(threadIdx.x) % 32;

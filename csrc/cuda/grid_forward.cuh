@@ -17,11 +17,10 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) grid_forward_kernel(
   using Kind = GridKind<T, kGates, kOctets, kGroups, false>;
   DYN_SHARED(bytes);
   const CudaPlan& plan = p.plan;
-  const int rank = static_cast<int>(blockIdx.x) % plan.cluster, team = static_cast<int>(blockIdx.x) / plan.cluster;
-  const int d = static_cast<int>(blockIdx.y), warp = static_cast<int>(threadIdx.x) / 32;
+  const auto [rank, team, d, warp] = grid_place(plan);
   const int units = static_cast<int>(p.step.units), octets = (units + 7) / 8;
   const GridShared<T, Kind, kGroups> shared(bytes, plan);
-  const auto* const weights = static_cast<const T*>(d == 0 ? p.weights[0] : p.weights[1]);
+  const T* const weights = p.template recurrent<T>(d);
 
   typename Kind::Product product;
   if (warp < plan.warps) {
