@@ -136,13 +136,13 @@ LAYERS = [
     layer_case("gru", batch=9, exchange=GLOBAL, directions=2, lengths=[5, 0, 3, 5, 1, 2, 3, 4, 5], resets=True),
 ]
 
-# A line of a kernel, what takes its place, and a case in which that shows.
+# A line of a kernel, what takes its place, and a case in which that shows. (That the backward scan's operand is there
+# twice shows in no schedule of the emulator's: products read ahead, and a warp would have to fall behind by a step.)
 FAULTS = {
     "no wait forward": ("persistent_forward.cuh", "turn.wait(s + 1);", "", 0),
     "no wait backward": ("persistent_backward.cuh", "turn.wait(s + 1);", "", 0),
     "one buffer of h": ("persistent_forward.cuh", "T* const next = h + (s + 1) % 2 *", "T* const next = h + s % 2 *", 0),  # noqa: E501
     "one inbox": ("persistent_backward.cuh", "float* const place = inbox + (s + 1) % 2 *", "float* const place = inbox + s % 2 *", 0),  # noqa: E501
-    "one operand": ("persistent_backward.cuh", "T* const own_gates = operand + s % 2 *", "T* const own_gates = operand + 0 *", 5),  # noqa: E501
     "a block without units sends": ("persistent_backward.cuh", "warp < plan.warps && rank < owners;", "warp < plan.warps;", 6),  # noqa: E501
     "a packed row has no end": ("cells.cuh", "if (length_[r] < 0 || (time_.packed() && !valid)) continue;", "if (length_[r] < 0) continue;", 7),  # noqa: E501
     "no block barrier": ("persistent_backward.cuh", "gpu::syncthreads();", "", 0),

@@ -125,7 +125,7 @@ def test_products_of_persistent_kernels(name):
     """All of them, and no more: nothing is dropped, nothing is computed twice."""
     pytest.importorskip("fastrnn._C")
     kernels = instructions(ROOT / "csrc" / "cuda" / f"{name}.cu")
-    assert len(kernels) >= 16
+    assert len(kernels) >= 14
     for kernel, counts in kernels.items():
         assert counts["HMMA"] == products_of(kernel), kernel
 

@@ -121,10 +121,11 @@ def test_tune(tmp_path, plans):
     assert again.returncode == 0, again.stdout + again.stderr
     assert (tmp_path / "rows.jsonl").read_text().splitlines() == rows
     text = (tmp_path / "cuda_plans.csv").read_text()
-    assert "90,132,lstm,2,inference,3,7,1,block,block,1,16,2\n" in text
-    assert "90,132,lstm,2,training,3,7,1,stepwise,,,,\n" in text
-    assert "90,132,lstm,2,backward,3,7,1,block,block,1,8,4\n" in text
     listed = [plans.cuda_plans("lstm", 4, 3, 7, training=t, backward=b) for t, b in ((0, 0), (1, 0), (1, 1))]
+    for scan, plan in (("inference", listed[0][2]), ("backward", listed[2][1])):
+        choice = ",".join(str(plan[name]) for name in gpu_tune.CHOICE)
+        assert f"90,132,lstm,2,{scan},3,7,1,{choice}\n" in text
+    assert "90,132,lstm,2,training,3,7,1,stepwise,,,,\n" in text
     assert [chosen(plans, scan) for scan in gpu_tune.SCANS] == [scan[0] for scan in listed]
     plans.set_tuned_plans(text)
     assert [chosen(plans, scan) for scan in gpu_tune.SCANS] == [listed[0][2], listed[1][-1], listed[2][1]]

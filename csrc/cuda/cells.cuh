@@ -207,8 +207,10 @@ class ForwardCells {
       const float* const from = gates + time_.of_direction(row_[r], width, unit_);
 #pragma unroll
       for (int o = 0; o < kUnits; ++o) {
+        // a lane without such a row or unit does not read another's, which may be writing there
+        const bool there = has(o) && (time_.packed() ? t < length_[r] : length_[r] >= 0);
 #pragma unroll
-        for (int gate = 0; gate < kGates; ++gate) input_[o][r][gate] = from[gate * units + at(o)];
+        for (int gate = 0; gate < kGates; ++gate) input_[o][r][gate] = there ? from[gate * units + at(o)] : 0.f;
       }
     }
     const int ahead = time_.reverse() ? t - kAhead : t + kAhead, own = unit_ % 8;
