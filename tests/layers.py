@@ -144,7 +144,7 @@ FAULTS = {
     "one buffer of h": ("persistent_forward.cuh", "T* const next = h + (s + 1) % 2 *", "T* const next = h + s % 2 *", 0),  # noqa: E501
     "one inbox": ("persistent_backward.cuh", "float* const place = inbox + (s + 1) % 2 *", "float* const place = inbox + s % 2 *", 0),  # noqa: E501
     "a block without units sends": ("persistent_backward.cuh", "warp < plan.warps && rank < owners;", "warp < plan.warps;", 6),  # noqa: E501
-    "a packed row has no end": ("cells.cuh", "if (length_[r] < 0 || (time_.packed() && !valid)) continue;", "if (length_[r] < 0) continue;", 7),  # noqa: E501
+    "a packed row has no end": ("cells_forward.cuh", "if (length_[r] < 0 || (time_.packed() && !valid)) continue;", "if (length_[r] < 0) continue;", 7),  # noqa: E501
     "no block barrier": ("persistent_backward.cuh", "gpu::syncthreads();", "", 0),
     "blocks do not begin together": ("persistent.cuh", "gpu::cluster_sync();", "gpu::syncthreads();", 0),
     "no barrier of one block": ("persistent.cuh", "void wait(int s) const {\n    if (exchange_ == Exchange::kBlock) {\n      gpu::syncthreads();", "void wait(int s) const {\n    if (exchange_ == Exchange::kBlock) {", 2),  # noqa: E501

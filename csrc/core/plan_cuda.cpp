@@ -207,7 +207,7 @@ std::vector<CudaPlan> persistent_plans(const CudaProblem& p, const CudaDevice& d
       if (cluster == 1) break;
     }
   };
-  for (int cluster = 1; cluster <= (is_16_bit ? kMostBlocks : 0); cluster *= 2) {
+  for (int cluster = 1; cluster <= (is_16_bit ? kLargestCluster : 0); cluster *= 2) {
     if (p.backward) {
       for (int tiles = 2; tiles <= most_backward_tiles(p.gates); tiles += 2) add(cluster, 0, tiles);
     } else {

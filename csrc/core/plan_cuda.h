@@ -88,7 +88,7 @@ struct CudaPlan {
 // --- What kernels and plan must agree on ------------------------------------------------------------------------------
 
 constexpr int kPersistentWarps = 8;  // at most: 255 registers a thread, one block a multiprocessor
-constexpr int kMostBlocks = 16;  // of a cluster
+constexpr int kLargestCluster = 16;  // blocks
 // Backward: units times rows of the batch of a block, over its threads.
 constexpr int elements_of_thread(int batch_groups) { return 2 * batch_groups; }
 constexpr int kStepsAtOnce = 4;  // k-steps of 16 between two tests for the end of a product, weights in registers

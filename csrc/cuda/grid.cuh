@@ -19,6 +19,7 @@ namespace fastrnn {
 
 inline constexpr uint32_t kNothing = 0xffffffffu;
 inline constexpr int kFence = 16;
+static_assert(kRing == 4 * kFence);
 
 template <class Step>
 struct GridParams : PersistentParams<Step> {
@@ -118,6 +119,7 @@ class GridProduct {
 
  public:
   static constexpr int kColumns = kMatrixColumns * kGroups;
+  static constexpr int kStageBytes = 0;  // operands come as they are wanted
   using Sums = float[kChains][kTiles][kGroups][4];
 
   // weights(m, octet, values): of row m of the block's tiles 8 columns, where there are such. shared: room for the pairs

@@ -5,6 +5,7 @@
 // A sum is added in one order, that of the warps: the same bits in every run.
 #pragma once
 
+#include "cells_backward.cuh"
 #include "grid_launch.cuh"
 
 namespace fastrnn {

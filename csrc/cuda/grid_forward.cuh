@@ -5,6 +5,7 @@
 // with the next slice of the batch following at once: what one slice waits for, another fills.
 #pragma once
 
+#include "cells_forward.cuh"
 #include "grid_launch.cuh"
 
 namespace fastrnn {

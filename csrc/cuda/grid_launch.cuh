@@ -16,11 +16,10 @@ struct GridKind {
   static constexpr int kRows = k16Bit ? 16 * kTiles : 8 * kRowsOfLane;  // of weights, zeros included
   using Product = std::conditional_t<k16Bit, GridProduct<T, kTiles, kGroups, k16Bit ? kRegisterPairs : 4>,
                                      GridProduct32<kRowsOfLane, kGroups>>;
-  // Bytes of a warp's weights in shared memory, and of what it rearranges there.
+  // Bytes of a warp's weights in shared memory.
   static GPU_FN int weight_bytes(const CudaPlan& plan) {
     return k16Bit ? plan.shared_steps * kTiles * kFragmentBytes : plan.pairs * 32 * kRows * 4;
   }
-  static constexpr int kStageBytes = k16Bit ? 0 : 32 * (kMatrixColumns * kGroups + 4) * 4;
 };
 
 // Shared memory of a block: weights, stages, states of the slices, sums once or twice.
@@ -31,11 +30,13 @@ class GridShared {
 
   GPU_FN GridShared(unsigned char* bytes, const CudaPlan& plan)
       : bytes_(bytes), warps_(plan.warps), weight_bytes_(Kind::weight_bytes(plan)) {
-    sums_ = reinterpret_cast<float*>(bytes_ + warps_ * (weight_bytes_ + Kind::kStageBytes));
+    sums_ = reinterpret_cast<float*>(bytes_ + warps_ * (weight_bytes_ + Kind::Product::kStageBytes));
     states = sums_ + plan.buffers * warps_ * kOfWarp;
   }
   GPU_FN unsigned char* weights(int warp) const { return bytes_ + warp * weight_bytes_; }
-  GPU_FN unsigned char* stage(int warp) const { return bytes_ + warps_ * weight_bytes_ + warp * Kind::kStageBytes; }
+  GPU_FN unsigned char* stage(int warp) const {
+    return bytes_ + warps_ * weight_bytes_ + warp * Kind::Product::kStageBytes;
+  }
   GPU_FN float* sums(int buffer) const { return sums_ + buffer * warps_ * kOfWarp; }
   static GPU_FN float* of_warp(float* sums, int warp) { return sums + warp * kOfWarp; }
   // The sum of all warps.

@@ -11,6 +11,7 @@
 // A block without units waits for nothing, so it may be steps ahead: it sends nothing, and nothing is sent to it.
 #pragma once
 
+#include "cells_backward.cuh"
 #include "persistent_launch.cuh"
 
 namespace fastrnn {

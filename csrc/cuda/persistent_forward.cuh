@@ -11,6 +11,7 @@
 // h_{t-1}: one synchronisation a step. Warps without units neither read nor send.
 #pragma once
 
+#include "cells_forward.cuh"
 #include "persistent.cuh"
 
 namespace fastrnn {
@@ -55,7 +56,7 @@ class ForwardLane {
 template <class Cell, class T, int kOctets, int kGroups>
 __global__ void __launch_bounds__(kPersistentWarps * 32, 1) persistent_forward_kernel(const PersistentForward p) {
   using Lane = ForwardLane<Cell, T, kOctets, kGroups>;
-  constexpr int kColumns = kMatrixColumns * kGroups, kMostPeers = kMostBlocks / 4;
+  constexpr int kColumns = kMatrixColumns * kGroups, kMostPeers = kLargestCluster / 4;
   DYN_SHARED(bytes);
   const CudaPlan& plan = p.plan;
   const int depth = plan.depth, cluster = plan.cluster, owners = plan.owners;

@@ -1,0 +1,202 @@
+// What persistent scans do element by element, backward (cells.cuh says what matters here).
+#pragma once
+
+#include "cells.cuh"
+
+namespace fastrnn {
+
+// kMost elements of a block's [units, 8 * kGroups rows of the batch], at most.
+template <class Cell, class T, int kMost, int kGroups>
+class BackwardCells {
+  static constexpr int kGates = Cell::kGates, kSeparate = Cell::kSeparate, kSaved = Cell::kSaved;
+  static constexpr ElementState kState = Cell::kState;
+
+ public:
+  using Params = PersistentParams<StepBackward>;
+
+  // first_unit of the block; first_row of the slice of the batch; carry: shared [units * 8 * kGroups], what flows to the
+  // step before element by element.
+  GPU_FN BackwardCells(const Params& params, int first_unit, int first_row, float* carry)
+      : p_(params.step), time_(params), units_(params.plan.units), first_unit_(first_unit) {
+    take(first_row, carry);
+  }
+
+  // Another slice of the batch.
+  GPU_FN void take(int first_row, float* carry) {
+    first_row_ = first_row, carry_ = carry;
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+      row_[i] = 0;
+      length_[i] = exists(i) && unit(i) < p_.units ? time_.length(n(i)) : -1;
+    }
+  }
+
+  // Before the first step.
+  GPU_FN void begin() {
+    each([&](int i) {
+      carried(i) = 0.f;
+      // a row without steps hands its initial state through
+      if (kState == ElementState::kCell && length_[i] == 0) carried(i) = value_of<T>(p_.grad_c_n, of_batch(i));
+    });
+  }
+
+  // Goes to step t, from anywhere or, if data are not packed, from the step after.
+  GPU_FN void seek(int t) {
+    each([&](int i) { row_[i] = t < length_[i] || !time_.packed() ? time_.row(t, n(i)) : 0; });
+  }
+  GPU_FN void move(int t) {
+    if (time_.packed()) {
+      seek(t);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kMost; ++i) row_[i] += time_.stride(true);
+    }
+  }
+
+  // What step t, where the cells are, reads of the device's memory; what the step before it reads begins its way to L2.
+  GPU_FN void load(int t) {
+    const bool reverse = time_.reverse();
+    const unsigned width = static_cast<unsigned>(p_.reserve_stride);
+    const int units = static_cast<int>(p_.units);
+    const int ahead = reverse ? t + 1 : t - 1;  // the step before in the direction of the data too
+    const auto* const reserve = static_cast<const float*>(p_.reserve);
+    each([&](int i) {
+      if (t >= length_[i]) return;
+      const bool some = ahead >= 0 && ahead < length_[i];
+      const unsigned row = row_[i];
+      const unsigned then = !some ? row : time_.packed() ? time_.row(ahead, n(i)) : row + time_.stride(true);
+      const float* const before = reserve + time_.of_direction(then, width, unit(i));
+      if (element(i).u % 8 < kSaved && some) {  // 8 numbers are a sector
+        const int own = element(i).u % 8;
+        gpu::prefetch_l2(before - own + own * units);
+        if (own == 0 && p_.grad_output != nullptr)
+          gpu::prefetch_l2(static_cast<const T*>(p_.grad_output) + time_.of_rows(then, unit(i)));
+      }
+      // nothing here uses what it loads, so nothing waits: what is not meant to be seen, compute does not look at
+      const float* const from = reserve + time_.of_direction(row, width, unit(i));
+#pragma unroll
+      for (int k = 0; k < kSaved; ++k) saved_[i][k] = from[k * units];
+      const uint64_t of_rows = time_.of_rows(row, unit(i));
+      grad_output_[i] = raw(p_.grad_output, of_rows);
+      if (kState == ElementState::kHidden || p_.previous != nullptr) {
+        h_before_[i] = raw(p_.output, time_.of_rows(then, unit(i)));
+      }
+      if constexpr (kState == ElementState::kCell) {
+        c_before_[i] = before[(kSaved - 1) * units];
+        grad_cells_[i] = raw(p_.grad_cells, of_rows);
+      }
+    });
+  }
+
+  // Step t. incoming(u, column): the part of dh_t that comes from the step after; emit(i, gate, u, column, value): the
+  // gradient that the step before needs, zero where there is none.
+  template <class Incoming, class Emit>
+  GPU_FN void compute(int t, const Incoming& incoming, const Emit& emit) {
+    const bool reverse = time_.reverse();
+    const int units = static_cast<int>(p_.units), width = kGates * units;
+    each([&](int i) {
+      const bool valid = t < length_[i];
+      T of_input[kGates], of_recurrent[kGates], h_before = gpu::from_float<T>(0.f);
+      bool enters = false;  // does the initial state?
+      if (valid) {
+        const bool ends = t == (reverse ? 0 : length_[i] - 1);
+        bool on = !ends,
+             flows = t != (reverse ? length_[i] - 1 : 0);  // the state, into the step after and into this one
+        enters = !flows;
+        if (p_.table.reset != nullptr) {
+          const Sequence s = time_.sequence(n(i), length_[i]);
+          on = on && s.flows(reverse ? t - 1 : t + 1, reverse);
+          flows = s.flows(t, reverse), enters = s.enters(t, reverse);
+        }
+        CellValue<T> saved[kSaved], grad_gate[kGates + kSeparate], previous(0.f), carry(0.f);
+#pragma unroll
+        for (int k = 0; k < kSaved; ++k) saved[k] = saved_[i][k];
+        if (flows) h_before = h_before_[i];
+        if (enters) h_before = raw(p_.h0, of_batch(i));
+        float grad_h = gpu::to_float(grad_output_[i]);
+        if (ends) grad_h += value_of<T>(p_.grad_h_n, of_batch(i));
+        if (on) grad_h += incoming(element(i).u, element(i).column);
+        if constexpr (kState == ElementState::kCell) {
+          if (flows) previous = c_before_[i];
+          if (enters) previous = value_of<T>(p_.c0, of_batch(i));
+          float grad_c = gpu::to_float(grad_cells_[i]);
+          if (ends) grad_c += value_of<T>(p_.grad_c_n, of_batch(i));
+          carry = grad_c + (on ? carried(i) : 0.f);
+        } else if constexpr (kState == ElementState::kHidden) {
+          previous = gpu::to_float(h_before);
+          grad_h += on ? carried(i) : 0.f;
+        }
+        Cell::backward(saved, previous, CellValue<T>(grad_h), carry, grad_gate);
+        if (kState != ElementState::kNone) carried(i) = flows || enters ? float(carry) : 0.f;
+#pragma unroll
+        for (int g = 0; g < kGates; ++g) {
+          of_input[g] = gpu::from_float<T>(grad_gate[g]);
+          of_recurrent[g] = gpu::from_float<T>(grad_gate[g < kGates - kSeparate ? g : g + kSeparate]);
+        }
+      } else {
+#pragma unroll
+        for (int g = 0; g < kGates; ++g) of_input[g] = of_recurrent[g] = gpu::from_float<T>(0.f);
+      }
+#pragma unroll
+      for (int g = 0; g < kGates; ++g) emit(i, g, element(i).u, element(i).column, of_recurrent[g]);
+      if (length_[i] < 0 || (time_.packed() && !valid)) return;
+      const unsigned row = row_[i];
+      if (p_.previous != nullptr) {
+        const uint64_t at = time_.of_direction(row, units, unit(i));
+        static_cast<T*>(p_.previous)[at] = h_before;
+      }
+      const uint64_t at = time_.of_direction(row, width, unit(i));
+#pragma unroll
+      for (int g = 0; g < kGates; ++g) static_cast<T*>(p_.grad_gates)[at + g * units] = of_input[g];
+      if (p_.grad_recurrent != nullptr) {
+#pragma unroll
+        for (int g = 0; g < kGates; ++g) static_cast<T*>(p_.grad_recurrent)[at + g * units] = of_recurrent[g];
+      }
+      if (p_.grad_first != nullptr && enters) {
+        T* const to = static_cast<T*>(p_.grad_first) + time_.of_batch(n(i), width, unit(i));
+#pragma unroll
+        for (int g = 0; g < kGates; ++g) to[g * units] = of_recurrent[g];
+      }
+    });
+  }
+
+  // After the last step.
+  GPU_FN void store_carry() const {
+    if (kState == ElementState::kNone) return;
+    each([&](int i) {
+      if (length_[i] >= 0) static_cast<float*>(p_.carry)[of_batch(i)] = carried(i);
+    });
+  }
+
+ private:
+  // f(index of registers), for the elements that there are.
+  template <class F>
+  GPU_FN void each(const F& f) const {
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+      if (exists(i)) f(i);
+    }
+  }
+  static GPU_FN int index(int i) { return i * kPersistentWarps * 32 + static_cast<int>(threadIdx.x); }
+  GPU_FN bool exists(int i) const { return index(i) < units_ * kMatrixColumns * kGroups; }
+  static GPU_FN Element<kMatrixColumns * kGroups> element(int i) { return Element<kMatrixColumns * kGroups>(index(i)); }
+  static GPU_FN T raw(const void* p, uint64_t index) {
+    return p == nullptr ? gpu::from_float<T>(0.f) : static_cast<const T*>(p)[index];
+  }
+  GPU_FN int unit(int i) const { return first_unit_ + element(i).u; }
+  GPU_FN int n(int i) const { return first_row_ + element(i).column; }
+  GPU_FN float& carried(int i) const { return carry_[index(i)]; }
+  GPU_FN int64_t of_batch(int i) const { return time_.of_batch(n(i), p_.units, unit(i)); }
+
+  const StepBackward& p_;
+  const Timeline<StepBackward> time_;
+  const int units_, first_unit_;
+  int first_row_;
+  float* carry_;
+  int length_[kMost];  // -1 beyond the batch and beyond the units
+  unsigned row_[kMost];  // of the step
+  float saved_[kMost][kSaved], c_before_[kMost];
+  T grad_output_[kMost], grad_cells_[kMost], h_before_[kMost];
+};
+
+}  // namespace fastrnn

@@ -1,0 +1,210 @@
+// What persistent scans do element by element, forward (cells.cuh says what matters here).
+#pragma once
+
+#include "cells.cuh"
+
+namespace fastrnn {
+
+// kUnits units, 8 apart, in kRows rows of the batch.
+template <class Cell, class T, int kUnits, int kRows>
+class ForwardCells {
+  static constexpr int kGates = Cell::kGates, kSeparate = Cell::kSeparate, kSaved = Cell::kSaved;
+  static constexpr ElementState kState = Cell::kState;
+  static constexpr int kAhead = 2;  // steps, of what is on its way from memory to L2
+  static_assert(kGates <= 8);
+
+ public:
+  using Params = PersistentParams<StepForward>;
+
+  // unit: the thread's first; n: its rows, of which some may be beyond the batch.
+  GPU_FN ForwardCells(const Params& params, int unit, const int (&n)[kRows])
+      : p_(params.step), time_(params), room_(static_cast<int>(params.step.units) - unit) {
+    const int units = static_cast<int>(p_.units);
+    unit_ = unit < units ? unit : units - 1;  // so that every address is one
+    take(n);
+#pragma unroll
+    for (int o = 0; o < kUnits; ++o) {
+      const void* const b_ih = time_.reverse() ? p_.b_ih[1] : p_.b_ih[0];
+      const void* const b_hh = time_.reverse() ? p_.b_hh[1] : p_.b_hh[0];
+#pragma unroll
+      for (int gate = 0; gate < kGates; ++gate) {
+        const int j = gate * units + unit_ + at(o);
+        const float input = value_of<T>(b_ih, j), hidden = value_of<T>(b_hh, j);
+        constexpr int kAdded = kGates - kSeparate;
+        bias_[o][gate] = gate < kAdded ? input + hidden : input;
+        if (gate >= kAdded) bias_[o][gate + kSeparate] = hidden;
+      }
+    }
+  }
+
+  // Other rows, whose states are to be set next.
+  GPU_FN void take(const int (&n)[kRows]) {
+    const int batch = static_cast<int>(p_.table.batch);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      length_[r] = time_.length(n[r]);
+      n_[r] = n[r] < batch ? n[r] : batch - 1;
+    }
+  }
+
+  // The states before the first step; final states of rows without steps.
+  GPU_FN void begin() {
+    each([&](int o, int r) {
+      const int64_t at_batch = of_batch(o, r);
+      const float h0 = value_of<T>(p_.h0, at_batch);
+      const bool enters = length_[r] > 0 && (time_.reverse() || !sequence(r).resets(0));
+      hidden_[o][r] = enters ? h0 : 0.f;
+      state_[o][r] = hidden_[o][r];
+      if (length_[r] == 0 && has(o)) static_cast<T*>(p_.h_n)[at_batch] = gpu::from_float<T>(h0);
+      if constexpr (kState == ElementState::kCell) {
+        const float c0 = value_of<T>(p_.c0, at_batch);
+        state_[o][r] = enters ? c0 : 0.f;
+        if (length_[r] == 0 && has(o)) static_cast<T*>(p_.c_n)[at_batch] = gpu::from_float<T>(c0);
+      }
+    });
+  }
+
+  GPU_FN bool has(int o) const { return 8 * o < room_; }
+  // The h that enters the next step, zero beyond the units, and the element state that does.
+  GPU_FN float hidden(int o, int r) const { return has(o) ? hidden_[o][r] : 0.f; }
+  GPU_FN float state(int o, int r) const { return state_[o][r]; }
+  GPU_FN void restore(int o, int r, float hidden, float state) { hidden_[o][r] = hidden, state_[o][r] = state; }
+
+  // Goes to step t, from anywhere or, if data are not packed, from the step before.
+  GPU_FN void seek(int t) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) row_[r] = time_.packed() && t >= length_[r] ? 0 : time_.row(t, n_[r]);
+  }
+  GPU_FN void move(int t) {
+    if (time_.packed()) {
+      seek(t);
+    } else {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) row_[r] += time_.stride(false);
+    }
+  }
+
+  // The input projection of step t, where the cells are. What the 8 lanes with the same rows need some steps later comes to
+  // L2, a gate by each.
+  GPU_FN void load_input(int t) {
+    const int units = static_cast<int>(p_.units);
+    const unsigned width = static_cast<unsigned>(p_.gates_stride);
+    const auto* const gates = static_cast<const float*>(p_.gates);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const float* const from = gates + time_.of_direction(row_[r], width, unit_);
+#pragma unroll
+      for (int o = 0; o < kUnits; ++o) {
+        // a lane without such a row or unit does not read another's, which may be writing there
+        const bool there = has(o) && (time_.packed() ? t < length_[r] : length_[r] >= 0);
+#pragma unroll
+        for (int gate = 0; gate < kGates; ++gate) input_[o][r][gate] = there ? from[gate * units + at(o)] : 0.f;
+      }
+    }
+    const int ahead = time_.reverse() ? t - kAhead : t + kAhead, own = unit_ % 8;
+    if (own >= kGates || time_.packed() || ahead < 0 || ahead >= p_.table.steps) return;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const unsigned row = row_[r] + kAhead * time_.stride(false);
+      const float* const from = gates + time_.of_direction(row, width, unit_ - own + own * units);
+#pragma unroll
+      for (int o = 0; o < kUnits; ++o) gpu::prefetch_l2(from + at(o));
+    }
+  }
+
+  // Step t: from the sums, recurrent(o, gate, r), to h, to what backward needs, and to what enters the next step.
+  template <class Recurrent>
+  GPU_FN void compute(int t, const Recurrent& recurrent) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const bool valid = t < length_[r];
+      bool dropped = false;
+      if (p_.table.reset != nullptr && valid) {
+        const Sequence s = sequence(r);
+        dropped = !s.last(t, time_.reverse()) && !s.flows(time_.reverse() ? t - 1 : t + 1, time_.reverse());
+      }
+#pragma unroll
+      for (int o = 0; o < kUnits; ++o) {
+        CellValue<T> gate[kGates + kSeparate], saved[kSaved], state(state_[o][r]);
+#pragma unroll
+        for (int i = 0; i < kGates; ++i) {
+          const float sum = recurrent(o, i, r);
+          if (i < kGates - kSeparate) {
+            gate[i] = sum + (input_[o][r][i] + bias_[o][i]);
+          } else {
+            gate[i] = input_[o][r][i] + bias_[o][i];
+            gate[i + kSeparate] = sum + bias_[o][i + kSeparate];
+          }
+        }
+        const float h = Cell::forward(gate, state, saved);
+#pragma unroll
+        for (int k = 0; k < kSaved; ++k) saved_[o][r][k] = saved[k];
+        h_[o][r] = h;
+        c_[o][r] = state;
+        if (valid) {  // an initial state waits for the step that it enters
+          hidden_[o][r] = dropped ? 0.f : h;
+          state_[o][r] = dropped ? 0.f : kState == ElementState::kCell ? c_[o][r] : h;
+        }
+      }
+    }
+  }
+
+  // Step t's results, to the caller, where the cells are.
+  GPU_FN void store(int t) const {
+    const int units = static_cast<int>(p_.units);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const bool valid = t < length_[r];
+      if (length_[r] < 0 || (time_.packed() && !valid)) continue;
+      const uint64_t of_rows = time_.of_rows(row_[r], unit_);
+      float* const gates = static_cast<float*>(p_.gates) +
+                           time_.of_direction(row_[r], static_cast<unsigned>(p_.gates_stride), unit_);
+      const bool last = valid && t == (time_.reverse() ? 0 : length_[r] - 1);
+#pragma unroll
+      for (int o = 0; o < kUnits; ++o) {
+        if (!has(o)) continue;
+        static_cast<T*>(p_.output)[of_rows + 8 * o] = gpu::from_float<T>(valid ? h_[o][r] : 0.f);
+        if (p_.save) {
+#pragma unroll
+          for (int k = 0; k < kSaved; ++k) gates[k * units + 8 * o] = valid ? saved_[o][r][k] : 0.f;
+        }
+        if (last) static_cast<T*>(p_.h_n)[of_batch(o, r)] = gpu::from_float<T>(h_[o][r]);
+        if constexpr (kState == ElementState::kCell) {
+          if (p_.cells != nullptr) {
+            static_cast<T*>(p_.cells)[of_rows + 8 * o] = gpu::from_float<T>(valid ? c_[o][r] : 0.f);
+          }
+          if (last) static_cast<T*>(p_.c_n)[of_batch(o, r)] = gpu::from_float<T>(c_[o][r]);
+        }
+      }
+    }
+  }
+
+ private:
+  // f(unit, row): unrolled, so that all indices of registers are constants.
+  template <class F>
+  static GPU_FN void each(const F& f) {
+#pragma unroll
+    for (int o = 0; o < kUnits; ++o) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) f(o, r);
+    }
+  }
+  // How far from the first unit: where there is none, one that is.
+  GPU_FN int at(int o) const { return has(o) ? 8 * o : 0; }
+  GPU_FN int64_t of_batch(int o, int r) const { return time_.of_batch(n_[r], p_.units, unit_ + at(o)); }
+  GPU_FN Sequence sequence(int r) const { return time_.sequence(n_[r], length_[r]); }
+
+  const StepForward& p_;
+  const Timeline<StepForward> time_;
+  int room_, unit_;  // units from the first on; the first
+  int n_[kRows], length_[kRows];  // length: -1 beyond the batch
+  unsigned row_[kRows];  // of the step
+  float bias_[kUnits][kGates + kSeparate];  //
+  float hidden_[kUnits][kRows];  // h that enters the next step
+  float state_[kUnits][kRows];  // the element state that does
+  float input_[kUnits][kRows][kGates];  //
+  float saved_[kUnits][kRows][kSaved];  //
+  float h_[kUnits][kRows], c_[kUnits][kRows];  // of this step
+};
+
+}  // namespace fastrnn
