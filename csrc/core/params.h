@@ -5,6 +5,10 @@
 
 #include "core/activation.h"
 
+namespace c10 {
+struct BFloat16;
+}
+
 namespace fastrnn {
 
 // One row of the batch in time. Whatever a scan asks about lengths and resets is answered here, once for all devices.
@@ -115,6 +119,7 @@ struct BackwardParams {
   const T* grad_c_n = nullptr;          // [N, H] or null
   const int64_t* grad_offset = nullptr;  // [T] or null: results of row i of step t's order are in grad_offset[t] + i
   T* grad_gates = nullptr;              // [rows, (G+S)*H] out, valid rows only
+  c10::BFloat16* rounded_gates = nullptr;  // of products of bfloat16 only: the same in its place, if not null
   T* grad_projected = nullptr;          // [rows, P] out (projected only)
   T* carry = nullptr;                   // [N, H] out: dc_0, or what flows to h_0 element by element
   T* grad_first = nullptr;  // [N, G*H] out: recurrent gate gradients of each row's first step, zeros if none

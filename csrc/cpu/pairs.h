@@ -18,15 +18,13 @@ void copy_rounded(at::BFloat16* to, const W* from, int64_t count) {
     std::copy_n(from, count, to);
   } else {
     constexpr int kLanes = Vec<float>::size();
-    for (int64_t k = 0; k < count; k += kLanes) {
-      const Vec<float> v = load(from + k, count - k);
-      at::vec::convert_from_float<at::BFloat16>(v, v).store(to + k, std::min<int64_t>(count - k, kLanes));
-    }
+    for (int64_t k = 0; k < count; k += kLanes) store(to + k, load(from + k, count - k), count - k);
   }
 }
 
 // Part of a row for the next step: what this step computed, or zeros where the next begins anew.
-inline void leave_operand(at::BFloat16* to, const float* from, int64_t count, bool cut) {
+template <class W>
+void leave_operand(at::BFloat16* to, const W* from, int64_t count, bool cut) {
   if (cut) {
     std::fill_n(to, count, at::BFloat16(0));
   } else {

@@ -23,7 +23,7 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
 
   // Where one row of the batch finds and leaves things in one step.
   struct Row {
-    const T* next_gates;  // [(G+S)*H] gate gradients of the step that h_t flows into, or zeros
+    const T* next_gates;  // [(G+S)*H] gate gradients of the step that h_t flows into, or zeros; null if rounded
     const T* saved;  // [kSaved*H]
     const T* previous;  // [H] the element state that entered the step
     const T* grad_output;  // [outputs] or null
@@ -32,7 +32,8 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     const T* grad_cells;  // [H] or null
     const T* carry_in;  // [H] or null
     T* carry;  // [H]
-    T* grad_gates;  // [(G+S)*H]
+    T* grad_gates;  // [(G+S)*H] or null
+    at::BFloat16* rounded_gates;  // [(G+S)*H] in its place, or null
     T* grad_projected;  // [P] projected only
     at::BFloat16* operand;  // [G*H] products of bfloat16 only: for the next step's, null after the last
     bool cut;  // of those: no state flows into this step, and nothing back
@@ -150,7 +151,10 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
       const bool last = sequence.last(t, p_.reverse);
       const bool flows_on = !last && sequence.flows(next, p_.reverse);
       Row& r = rows[i - range.begin];
-      r.next_gates = flows_on ? p_.grad_gates + grad_row(next, i) * kGradients * units : s_.zeros;
+      const auto gates_of = [&](auto* all, int64_t step) {
+        return all == nullptr ? nullptr : all + grad_row(step, i) * kGradients * units;
+      };
+      r.next_gates = flows_on ? gates_of(p_.grad_gates, next) : s_.zeros;
       r.carry = p_.carry + n * units;
       r.carry_in = flows_on ? r.carry : nullptr;
       r.saved = p_.reserve + row * p_.reserve_stride;
@@ -168,7 +172,8 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
       r.grad_cells = p_.grad_cells == nullptr ? nullptr : p_.grad_cells + row * p_.grad_cells_stride;
       r.grad_h_n = last && p_.grad_h_n != nullptr ? p_.grad_h_n + n * outputs : nullptr;
       r.grad_c_n = last && p_.grad_c_n != nullptr ? p_.grad_c_n + n * units : nullptr;
-      r.grad_gates = p_.grad_gates + grad_row(t, i) * kGradients * units;
+      r.grad_gates = gates_of(p_.grad_gates, t);
+      r.rounded_gates = gates_of(p_.rounded_gates, t);
       r.grad_projected = shape_.projected ? p_.grad_projected + grad_row(t, i) * outputs : nullptr;
       r.operand = nullptr;
       if (scan_.plan.bf16 && s + 1 < rows_.steps && i < rows_.active[before]) {
@@ -218,7 +223,13 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
       for (int g = 0; g < kGates && row->operand != nullptr; ++g) {
         // the separate gates have their recurrent parts behind those of all gates
         const int from = g < kGates - kSeparate ? g : g + kSeparate;
-        leave_operand(row->operand + g * units + begin, row->grad_gates + from * units + begin, width, row->cut);
+        at::BFloat16* to = row->operand + g * units + begin;
+        const int64_t at = from * units + begin;
+        if (row->rounded_gates != nullptr) {
+          leave_operand(to, row->rounded_gates + at, width, row->cut);
+        } else {
+          leave_operand(to, row->grad_gates + at, width, row->cut);
+        }
       }
     }
   }
@@ -330,7 +341,16 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     V grad_gate[kGradients];
     Cell::backward(saved, previous, grad_h, carry, grad_gate);
 #pragma GCC unroll 32
-    for (int g = 0; g < kGradients; ++g) store(row.grad_gates + g * units + j, grad_gate[g], count);
+    for (int g = 0; g < kGradients; ++g) {
+      const int64_t at = g * units + j;
+      if constexpr (kHasPairs) {
+        if (row.rounded_gates != nullptr) {
+          store(row.rounded_gates + at, grad_gate[g], count);
+          continue;
+        }
+      }
+      store(row.grad_gates + at, grad_gate[g], count);
+    }
     if (kState != ElementState::kNone) store(row.carry + j, carry, count);
   }
 
@@ -348,9 +368,16 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
       T* carry = p_.carry + n * units;
       if (length > 0 && sequence.enters(t, p_.reverse)) {
         constexpr int kAdding = kGates - kSeparate;
-        const T* gates = p_.grad_gates + grad_row(t, i) * kGradients * units;
-        std::copy_n(gates, kAdding * units, first);
-        std::copy_n(gates + kGates * units, kSeparate * units, first + kAdding * units);
+        const auto copy = [&](const auto* all) {
+          const auto* gates = all + grad_row(t, i) * kGradients * units;
+          std::copy_n(gates, kAdding * units, first);
+          std::copy_n(gates + kGates * units, kSeparate * units, first + kAdding * units);
+        };
+        if (p_.rounded_gates != nullptr) {
+          copy(p_.rounded_gates);
+        } else {
+          copy(p_.grad_gates);
+        }
       } else {
         std::fill_n(first, kGates * units, T(0));
         const bool passes = length == 0 && kState == ElementState::kCell && p_.grad_c_n != nullptr;

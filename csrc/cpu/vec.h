@@ -4,6 +4,7 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "core/activation.h"
@@ -64,6 +65,11 @@ FASTRNN_INLINE void store(T* p, Vec<T> v, int64_t count) {
   } else {
     v.store(p, static_cast<int>(count));
   }
+}
+
+// Rounded to nearest.
+FASTRNN_INLINE void store(at::BFloat16* p, Vec<float> v, int64_t count) {
+  at::vec::convert_from_float<at::BFloat16>(v, v).store(p, static_cast<int>(std::min<int64_t>(count, v.size())));
 }
 
 // K vectors that take turns, operation by operation. A cell is a chain of operations that each wait for the one before,

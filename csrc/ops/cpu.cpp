@@ -218,6 +218,7 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   constexpr int64_t kFewRows = 4;
   const bool in_bf16 = input.scalar_type() == at::kBFloat16 && (scan.bf16 != nullptr || total <= kFewRows);
   const auto product = in_bf16 ? at::kBFloat16 : scalar_type<T>;
+  const bool rounded = in_bf16 && scan.plan.bf16;  // all that is made of the gate gradients are such products
 
   // Rows beyond a length are left out of every product, so that nothing of them, NaN included, enters one: gradients lie
   // row after row as the scan visits them. Groups need all rows where they were, and zeros in those.
@@ -257,12 +258,13 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   if (a.wants_states()) scanned.grad_first = at::empty({directions, z.batch, cell.gates * z.units}, options);
   for (int d = 0; d < l.directions; ++d) {
     DirectionGradients g;
-    const auto allocate = [&](int64_t columns) {
-      return valid && !dense ? at::zeros({count, columns}, options) : at::empty({count, columns}, options);
+    const auto allocate = [&](int64_t columns, at::ScalarType type) {
+      const auto of = options.dtype(type);
+      return valid && !dense ? at::zeros({count, columns}, of) : at::empty({count, columns}, of);
     };
-    Tensor grad_gates = with_huge_pages(allocate(gate_columns));
+    Tensor grad_gates = with_huge_pages(allocate(gate_columns, rounded ? product : scalar_type<T>));
     if (l.projected) {
-      g.grad_projected = allocate(z.outputs);
+      g.grad_projected = allocate(z.outputs, scalar_type<T>);
       const Tensor saved = reserve.select(0, d).view({total, reserve_columns});
       g.activation = select(saved.narrow(1, cell.saved * z.units, z.units));
     }
@@ -298,7 +300,11 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
       p.grad_cells_stride = directions * z.units;
     }
     p.grad_offset = offset;
-    p.grad_gates = grad_gates.mutable_data_ptr<T>();
+    if (rounded) {
+      p.rounded_gates = grad_gates.mutable_data_ptr<at::BFloat16>();
+    } else {
+      p.grad_gates = grad_gates.mutable_data_ptr<T>();
+    }
     if (l.projected) p.grad_projected = g.grad_projected.mutable_data_ptr<T>();
     p.carry = scanned.carry.mutable_data_ptr<T>() + d * z.batch * z.units;
     if (scanned.grad_first.defined()) {
