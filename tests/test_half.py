@@ -60,6 +60,31 @@ def test_rule_with_products_of_bfloat16(products, found, threads, native):
     assert (capability, used) == (native.cpu_capability(), found)
 
 
+# An infinite input saturates the gates that it meets, and must not meet the state's part of them.
+INFINITE = """
+    import torch, fastrnn
+    torch.manual_seed(1)
+    for name in ("RNN", "LSTM", "GRU"):
+        net, input = getattr(fastrnn, name)(17, 129).bfloat16(), torch.randn(3, 17, 17).bfloat16()
+        input[1, 3, 5] = torch.inf
+        assert "products of bfloat16" in fastrnn.explain(net, input)
+        wide = getattr(torch.nn, name)(17, 129).double()
+        wide.load_state_dict({key: value.double() for key, value in net.state_dict().items()})
+        with torch.no_grad():
+            output, expected = net(input)[0], wide(input.double())[0]
+        assert expected.isfinite().all()
+        assert (output - expected).abs().max() < 0.03, name
+"""
+
+
+@pytest.mark.parametrize("products", ["emulate", "auto"])
+def test_infinite_input_with_products_of_bfloat16(products, native):
+    if products == "auto" and native.cpu_bf16() == "none":
+        pytest.skip("this machine has no products of bfloat16")
+    done = python(INFINITE, FASTRNN_BACKEND="native", FASTRNN_CPU_BF16=products)
+    assert done.returncode == 0, done.stderr
+
+
 # What float32 modules do with products of bfloat16, only by torch's leave, with more rows than one product takes.
 PRECISION = """
     import torch, fastrnn

@@ -20,7 +20,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   static constexpr int64_t kUnits = kUnitVectors * kLanes;  // of a block
   static constexpr int kAdding = kGates - kSeparate;  // gates whose two parts add in the accumulators
   static constexpr int kSeparateVectors = kSeparate * kUnitVectors;
-  static constexpr int64_t kPartial = (kVectors + kSeparateVectors) * kLanes;  // of a row, and columns of a product
+  static constexpr int64_t kPartial = (kVectors + kSeparateVectors) * kLanes;  // of a row
   static constexpr int kTileRows = max_rows(kVectors);
   static constexpr int kFusedRows = max_rows(kVectors + kSeparateVectors);
   static constexpr int kCellRows = kVectorRegisters == 32 ? 2 : 1;  // whose cells take turns, as registers allow
@@ -48,8 +48,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   };
 
   struct Scratch {
-    T* packed;  // [blocks][depth()][kVectors][lanes] fused input: the rows of W_ih, then those of W_hh; or pairs of
-    // them, [depth()][kPartial], with columns of their own for the input's part of separate gates
+    T* packed;  // [blocks][depth()][kVectors][lanes] fused input: the rows of W_ih, then those of W_hh; or pairs of them
     Operands operands;  // products of bfloat16 only: x and h, each of its operand_width
     T* partial;  // [members][N][kPartial] sums over some of the chunks
     T* projection;  // [blocks of P][H][kOutputVectors][lanes]
@@ -74,7 +73,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     const int64_t batch = scan.rows.batch, wide = std::max(shape.units, shape.outputs);
     const bool packed = scan.plan.recurrent == Recurrent::kPacked;
     Scratch s;
-    s.packed = arena.take<T>(blocks(shape.units, kUnits) * block_size(scan));
+    s.packed = arena.take<T>(blocks(shape.units, kUnits) * depth(scan) * kWidth);
     if (scan.plan.bf16) {
       s.operands = Operands(batch, operand_width(shape.inputs) + operand_width(shape.outputs), scan.plan.threads);
       s.operands.take(arena);
@@ -95,8 +94,6 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     if (scan.plan.bf16) return (operand_width(scan.shape.inputs) + operand_width(scan.shape.outputs)) / Pair::kTogether;
     return (scan.plan.fused_input ? scan.shape.inputs : 0) + scan.shape.outputs;
   }
-
-  static int64_t block_size(const Scan& scan) { return depth(scan) * (scan.plan.bf16 ? kPartial : kWidth); }
 
   int64_t unit_blocks() const { return blocks(shape_.units, kUnits); }
   int64_t output_blocks() const { return blocks(shape_.outputs, kOutputs); }
@@ -129,7 +126,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     if (scan_.plan.recurrent == Recurrent::kPacked) {
       const Range units = share(unit_blocks(), place_.member, place_.members);
       for (int64_t b = units.begin; b < units.end; ++b) {
-        T* block = s_.packed + b * block_size(scan_);
+        T* block = s_.packed + b * depth(scan_) * kWidth;
         if constexpr (kHasPairs) {
           if (scan_.plan.bf16) {
             pack_pairs(b, block);
@@ -138,7 +135,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
         }
         const auto pack = [&](const Stored<T>& matrix, int64_t depth) {
           with_stored(matrix, [&](const auto* w) {
-            pack_transposed<kGates, kUnitVectors, AsStored<T>>(w, shape_.units, depth, b, block, kWidth);
+            pack_transposed<kGates, kUnitVectors, AsStored<T>>(w, shape_.units, depth, b, block);
           });
           block += depth * kWidth;
         };
@@ -150,7 +147,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
         for (int64_t b = outputs.begin; b < outputs.end; ++b) {
           with_stored(p_.w_hr, [&](const auto* w) {
             pack_transposed<1, kOutputVectors, AsStored<T>>(w, shape_.outputs, shape_.units, b,
-                                                            s_.projection + b * shape_.units * kOutputs, kOutputs);
+                                                            s_.projection + b * shape_.units * kOutputs);
           });
         }
       }
@@ -171,17 +168,15 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     }
   }
 
-  // For one product of x and h together: where their parts of a gate stay apart, each has columns that are zeros for the
-  // other. That is a third more for a GRU, and still faster: a matrix unit is set up anew whenever the sizes change.
+  // Columns of W_ih begin with the separate gates, those of W_hh end with them: see products().
   void pack_pairs(int64_t b, T* block) const {
-    std::fill_n(block, block_size(scan_), T(0));
+    std::fill_n(block, depth(scan_) * kWidth, T(0));
     with_stored(p_.w_ih, [&](const auto* w) {
-      pack_transposed<kGates, kUnitVectors, Pair>(w, shape_.units, shape_.inputs, b, block, kPartial,
-                                                  kAdding * kUnitVectors, kSeparateVectors);
+      pack_transposed<kGates, kUnitVectors, Pair>(w, shape_.units, shape_.inputs, b, block, kSeparateVectors);
     });
-    block += operand_width(shape_.inputs) / Pair::kTogether * kPartial;
+    block += operand_width(shape_.inputs) / Pair::kTogether * kWidth;
     with_stored(p_.w_hh, [&](const auto* w) {
-      pack_transposed<kGates, kUnitVectors, Pair>(w, shape_.units, shape_.outputs, b, block, kPartial);
+      pack_transposed<kGates, kUnitVectors, Pair>(w, shape_.units, shape_.outputs, b, block);
     });
   }
 
@@ -277,12 +272,24 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
 
   // Gate pre-activations of one block of units from products of bfloat16, and the cell on them.
   void products(int64_t s, const Row* rows, int64_t count, int64_t block) const {
-    const int64_t depth = s_.operands.width();
-    const auto* w = reinterpret_cast<const at::BFloat16*>(s_.packed + block * block_size(scan_));
+    const int64_t inputs = operand_width(shape_.inputs), width = s_.operands.width();
+    const at::BFloat16* x = s_.operands.of_step(s, place_);
+    const auto* w = reinterpret_cast<const at::BFloat16*>(s_.packed + block * depth(scan_) * kWidth);
     T* sums = s_.partial + place_.member * s_.operands.rows() * kPartial;
-    multiply_rows(*scan_.bf16, count, kPartial, depth, s_.operands.of_step(s, place_), depth, w, kPartial, false, sums,
-                  kPartial);
-    cells<true>(rows, count, {sums, kPartial, sums + kWidth, kPartial}, block * kUnits);
+    const auto multiply = [&](int64_t k, const at::BFloat16* a, const at::BFloat16* b, bool add, T* c) {
+      if (k > 0) multiply_rows(*scan_.bf16, count, kWidth, k, a, width, b, kWidth, add, c, kPartial);
+    };
+    // A matrix unit is set up anew whenever a product is of another kind than the one before: one for x and h together,
+    // or two alike. A row of sums then is the input's part of the separate gates, the gates that add, the state's part.
+    constexpr int64_t kApart = kSeparateVectors * kLanes;
+    if constexpr (kApart == 0) {
+      multiply(width, x, w, false, sums);
+    } else {
+      std::fill_n(sums, count * kPartial, T(0));
+      multiply(inputs, x, w, true, sums);
+      multiply(width - inputs, x + inputs, w + inputs * kWidth, true, sums + kApart);
+    }
+    cells<true>(rows, count, {sums + kApart, kPartial, sums, kPartial}, block * kUnits);
     if (!shape_.projected) leave_operands(rows, count, block * kUnits, std::min((block + 1) * kUnits, shape_.units));
   }
 

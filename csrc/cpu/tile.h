@@ -316,13 +316,13 @@ struct AsStored {
   }
 };
 
-// The weights of one block of units, transposed: out [k, width] from w [gates * units, depth], its columns [gates]
-// [kUnitVectors][lanes], those from vector `apart` on `shift` vectors further. Units beyond the last become zero columns.
-// `Element` says what an element of T stands for: kTogether k of a row.
+// The weights of one block of units, transposed: out [k][gates][kUnitVectors][lanes] from w [gates * units, depth], the
+// vectors of a k rotated to the right by `rotation`. Units beyond the last become zero columns. `Element` says what an
+// element of T stands for: kTogether k of a row.
 template <int kGates, int kUnitVectors, class Element, class T, class W>
-void pack_transposed(const W* w, int64_t units, int64_t columns, int64_t block, T* out, int64_t width,
-                     int apart = kGates * kUnitVectors, int shift = 0) {
+void pack_transposed(const W* w, int64_t units, int64_t columns, int64_t block, T* out, int rotation = 0) {
   constexpr int kLanes = Vec<T>::size();
+  constexpr int kWidth = kGates * kUnitVectors * kLanes;
   constexpr int kTogether = Element::kTogether;
   constexpr bool kAsItIs = std::is_same_v<W, T> && kTogether == 1;
   constexpr int64_t kStrip = 256;  // of k: rows are read long enough in one go for the processor to read ahead
@@ -347,15 +347,15 @@ void pack_transposed(const W* w, int64_t units, int64_t columns, int64_t block, 
           Element::copy(stored + lane * columns, count, elements + lane * kStrip);
         }
       }
-      T* to = out + (v < apart ? v : v + shift) * kLanes;
+      T* to = out + (v + rotation) % (kGates * kUnitVectors) * kLanes;
       int64_t k = k0;
       if (rows == kLanes) {
         for (; k + kLanes <= k1; k += kLanes) {
-          transpose_square(from + k - k0, stride, to + k * width, width);
+          transpose_square(from + k - k0, stride, to + k * kWidth, kWidth);
         }
       }
       for (int lane = 0; lane < kLanes; ++lane) {
-        for (int64_t i = k; i < k1; ++i) to[i * width + lane] = lane < rows ? from[lane * stride + i - k0] : T(0);
+        for (int64_t i = k; i < k1; ++i) to[i * kWidth + lane] = lane < rows ? from[lane * stride + i - k0] : T(0);
       }
     }
   }
