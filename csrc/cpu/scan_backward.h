@@ -212,7 +212,11 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
       multiply_rows(*scan_.bf16, count, kWidth, depth, s_.operands.of_step(s, place_), depth, w, kWidth, false, sums,
                     kWidth);
     }
-    hidden_sums<kProjected>(rows, count, sums, block);
+    if (p_.rounded_gates != nullptr) {
+      hidden_sums<kProjected, true>(rows, count, sums, block);
+    } else {
+      hidden_sums<kProjected, false>(rows, count, sums, block);
+    }
     if (!kProjected) leave_operands(rows, count, block);
   }
 
@@ -258,12 +262,12 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
       accumulate<kRows, kVectors, T>(sum, w.template from<kVectors>(together), gates, chunk.depth() - together);
     }
     store_tile(partial, sum);
-    if (chunk.last) hidden_sums<kProjected>(rows, kRows, partial, block);
+    if (chunk.last) hidden_sums<kProjected, false>(rows, kRows, partial, block);
   }
 
   // What follows on the sums of a tile, [rows][kVectors][lanes]. A loop of its own: unrolled within each tile it would be
   // more code than the processor keeps decoded.
-  template <bool kProjected>
+  template <bool kProjected, bool kRounded>
   [[gnu::noinline]] void hidden_sums(const Row* rows, int64_t row_count, const T* sums, int64_t block) const {
 #pragma GCC unroll 1
     for (int64_t r = 0; r < row_count; ++r, sums += kWidth) {
@@ -275,7 +279,7 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
         if constexpr (kProjected) {
           store(rows[r].grad_projected + j, grad_h, count);
         } else {
-          finish(rows[r], j, grad_h, count);
+          finish<kRounded>(rows[r], j, grad_h, count);
         }
       }
     }
@@ -321,11 +325,20 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
 #pragma GCC unroll 32
       for (int v = 0; v < kVectors; ++v) {
         const int64_t j = block * kWidth + v * kLanes, count = shape_.units - j;
-        if (count > 0) finish(rows[r], j, sum[r][v], count);
+        if (count <= 0) break;
+        if constexpr (kHasPairs) {
+          if (rows[r].rounded_gates != nullptr) {
+            finish<true>(rows[r], j, sum[r][v], count);
+            continue;
+          }
+        }
+        finish<false>(rows[r], j, sum[r][v], count);
       }
     }
   }
 
+  // The cell. kRounded: its results are in rounded_gates.
+  template <bool kRounded>
   FASTRNN_INLINE void finish(const Row& row, int64_t j, V grad_h, int64_t count) const {
     const int64_t units = shape_.units;
     V saved[Cell::kSaved];
@@ -342,14 +355,11 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     Cell::backward(saved, previous, grad_h, carry, grad_gate);
 #pragma GCC unroll 32
     for (int g = 0; g < kGradients; ++g) {
-      const int64_t at = g * units + j;
-      if constexpr (kHasPairs) {
-        if (row.rounded_gates != nullptr) {
-          store(row.rounded_gates + at, grad_gate[g], count);
-          continue;
-        }
+      if constexpr (kRounded) {
+        store(row.rounded_gates + g * units + j, grad_gate[g], count);
+      } else {
+        store(row.grad_gates + g * units + j, grad_gate[g], count);
       }
-      store(row.grad_gates + at, grad_gate[g], count);
     }
     if (kState != ElementState::kNone) store(row.carry + j, carry, count);
   }
