@@ -82,6 +82,16 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     return scan.plan.bf16 ? operand_width(gates) / Pair::kTogether : gates;
   }
 
+  // f(the gate gradients) of a row or of all, in the type that they have.
+  template <class Owner, class F>
+  static FASTRNN_INLINE void with_gates(const Owner& of, const F& f) {
+    if (of.rounded_gates != nullptr) {
+      f(of.rounded_gates);
+    } else {
+      f(of.grad_gates);
+    }
+  }
+
   // Where row i of step t's order has its results.
   int64_t grad_row(int64_t t, int64_t i) const {
     return p_.grad_offset == nullptr ? rows_.row(t, rows_.order[i]) : p_.grad_offset[t] + i;
@@ -227,13 +237,9 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
       for (int g = 0; g < kGates && row->operand != nullptr; ++g) {
         // the separate gates have their recurrent parts behind those of all gates
         const int from = g < kGates - kSeparate ? g : g + kSeparate;
-        at::BFloat16* to = row->operand + g * units + begin;
-        const int64_t at = from * units + begin;
-        if (row->rounded_gates != nullptr) {
-          leave_operand(to, row->rounded_gates + at, width, row->cut);
-        } else {
-          leave_operand(to, row->grad_gates + at, width, row->cut);
-        }
+        with_gates(*row, [&](const auto* gates) {
+          leave_operand(row->operand + g * units + begin, gates + from * units + begin, width, row->cut);
+        });
       }
     }
   }
@@ -378,16 +384,11 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
       T* carry = p_.carry + n * units;
       if (length > 0 && sequence.enters(t, p_.reverse)) {
         constexpr int kAdding = kGates - kSeparate;
-        const auto copy = [&](const auto* all) {
+        with_gates(p_, [&](const auto* all) {
           const auto* gates = all + grad_row(t, i) * kGradients * units;
           std::copy_n(gates, kAdding * units, first);
           std::copy_n(gates + kGates * units, kSeparate * units, first + kAdding * units);
-        };
-        if (p_.rounded_gates != nullptr) {
-          copy(p_.rounded_gates);
-        } else {
-          copy(p_.grad_gates);
-        }
+        });
       } else {
         std::fill_n(first, kGates * units, T(0));
         const bool passes = length == 0 && kState == ElementState::kCell && p_.grad_c_n != nullptr;
