@@ -147,7 +147,7 @@ FASTRNN_INLINE void multiply(Vec<T> (&sum)[kRows][kVectors], const Packed<T>& pa
       }
       V weight[kVectors];
 #pragma GCC unroll 32
-      for (int v = 0; v < kVectors; ++v) weight[v] = V::loadu(w + (p * kVectors + v) * kLanes);
+      for (int v = 0; v < kVectors; ++v) weight[v] = in_register(V::loadu(w + (p * kVectors + v) * kLanes));
 #pragma GCC unroll 32
       for (int r = 0; r < kRows; ++r) {
         const V x(a[r][k + p]);

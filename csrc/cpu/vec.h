@@ -27,6 +27,26 @@ inline constexpr int kVectorRegisters = 8;
 #endif
 inline constexpr int kAccumulators = kVectorRegisters * 3 / 4;
 
+// v in a register. g++ would have each of several instructions load it from memory again, and again while it is on its way.
+FASTRNN_INLINE Vec<float> in_register(Vec<float> v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  __m512 x = v;
+  asm("" : "+v"(x));
+  return x;
+#else
+  return v;
+#endif
+}
+FASTRNN_INLINE Vec<double> in_register(Vec<double> v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  __m512d x = v;
+  asm("" : "+v"(x));
+  return x;
+#else
+  return v;
+#endif
+}
+
 template <class T>
 FASTRNN_INLINE Vec<T> load(const T* p, int64_t count) {
   return count >= Vec<T>::size() ? Vec<T>::loadu(p) : Vec<T>::loadu(p, count);
