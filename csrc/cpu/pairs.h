@@ -91,14 +91,16 @@ class Operands {
   int64_t batch_ = 0, rows_ = 0, width_ = 0;
 };
 
-// c [count, n] = a b, or += : rows in whole multiples, so that a batch whose rows end one by one needs no code of its own
+// c [count, n] = a b: rows in whole multiples, so that a batch whose rows end one by one needs no code of its own
 // for each number of them. What lies behind the last row, of a and of c, takes part and means nothing.
 inline void multiply_rows(const Bf16Products& products, int64_t count, int64_t n, int64_t k, const at::BFloat16* a,
-                          int64_t lda, const at::BFloat16* b, int64_t ldb, bool add, float* c, int64_t ldc) {
+                          int64_t lda, const at::BFloat16* b, int64_t ldb, float* c, int64_t ldc) {
+  if (k == 0) std::fill_n(c, count * ldc, 0.0f);
+  if (k == 0) return;
   for (int64_t i = 0; i < count; i += Operands::kRows) {
     int64_t m = Operands::kRows;
     while (m / 2 >= count - i) m /= 2;
-    products.multiply(m, n, k, lda, ldb, ldc, add, a + i * lda, b, c + i * ldc);
+    products.multiply(m, n, k, lda, ldb, ldc, false, a + i * lda, b, c + i * ldc);
   }
 }
 

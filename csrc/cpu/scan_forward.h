@@ -18,12 +18,13 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   static constexpr int kVectors = kGates * kUnitVectors;
   static constexpr int64_t kWidth = kVectors * kLanes;
   static constexpr int64_t kUnits = kUnitVectors * kLanes;  // of a block
-  static constexpr int kAdding = kGates - kSeparate;  // gates whose two parts add in the accumulators
-  static constexpr int kSeparateVectors = kSeparate * kUnitVectors;
-  static constexpr int64_t kPartial = (kVectors + kSeparateVectors) * kLanes;  // of a row
+  static constexpr int kAdding = kGates - kSeparate;  // gates whose two parts add
+  // A fused input's part of the gates is a sum of its own in a cell where some gates need the parts apart.
+  static constexpr bool kInputApart = kSeparate > 0;
+  static constexpr int kNarrowVectors = std::min(2, kVectors - 1);  // of a narrow block, at most
+  static constexpr int64_t kPartial = (kInputApart ? 2 : 1) * kWidth;  // of a row
   static constexpr int kTileRows = max_rows(kVectors);
-  static constexpr int kFusedRows = max_rows(kVectors + kSeparateVectors);
-  static constexpr int kCellRows = kVectorRegisters == 32 ? 2 : 1;  // whose cells take turns, as registers allow
+  static constexpr int kCellRows = kVectorRegisters == 32 ? 3 : 1;  // whose cells take turns, as registers allow
   static constexpr int kOutputVectors = 4;  // of a tile of the projection
   static constexpr int64_t kOutputs = kOutputVectors * kLanes;
   static constexpr int kOutputRows = max_rows(kOutputVectors);
@@ -48,7 +49,8 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   };
 
   struct Scratch {
-    T* packed;  // [blocks][depth()][kVectors][lanes] fused input: the rows of W_ih, then those of W_hh; or pairs of them
+    T* packed;  // [blocks][depth()][kWidth] fused input: the rows of W_ih, then those of W_hh; or pairs of them. The last
+                // block may be narrow: [depth()][vectors_of()][lanes]
     Operands operands;  // products of bfloat16 only: x and h, each of its operand_width
     T* partial;  // [members][N][kPartial] sums over some of the chunks
     T* projection;  // [blocks of P][H][kOutputVectors][lanes]
@@ -96,6 +98,18 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   }
 
   int64_t unit_blocks() const { return blocks(shape_.units, kUnits); }
+
+  // The last block may have units for part of a vector, and its gates then lie one behind the other in as few vectors as
+  // hold them.
+  int64_t units_of(int64_t block) const { return std::min(kUnits, shape_.units - block * kUnits); }
+  int vectors_of(int64_t block) const {
+    const auto vectors = static_cast<int>(blocks(kGates * units_of(block), kLanes));
+    return scan_.plan.bf16 || vectors > kNarrowVectors ? kVectors : vectors;
+  }
+  // Where the next gate of a row begins in the sums of so many vectors.
+  int64_t gate_stride(int64_t block, int vectors) const {
+    return vectors == kVectors ? kUnitVectors * kLanes : units_of(block);
+  }
   int64_t output_blocks() const { return blocks(shape_.outputs, kOutputs); }
 
   void visit_steps() const {
@@ -133,11 +147,16 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
             continue;
           }
         }
+        const int vectors = vectors_of(b);
         const auto pack = [&](const Stored<T>& matrix, int64_t depth) {
           with_stored(matrix, [&](const auto* w) {
-            pack_transposed<kGates, kUnitVectors, AsStored<T>>(w, shape_.units, depth, b, block);
+            if (vectors == kVectors) {
+              pack_transposed<kGates, kUnitVectors, AsStored<T>>(w, shape_.units, depth, b, block);
+            } else {
+              pack_narrow<kGates>(w, shape_.units, depth, b * kUnits, vectors, block);
+            }
           });
-          block += depth * kWidth;
+          block += depth * vectors * kLanes;
         };
         if (scan_.plan.fused_input) pack(p_.w_ih, shape_.inputs);
         pack(p_.w_hh, shape_.outputs);
@@ -168,11 +187,10 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     }
   }
 
-  // Columns of W_ih begin with the separate gates, those of W_hh end with them: see products().
   void pack_pairs(int64_t b, T* block) const {
     std::fill_n(block, depth(scan_) * kWidth, T(0));
     with_stored(p_.w_ih, [&](const auto* w) {
-      pack_transposed<kGates, kUnitVectors, Pair>(w, shape_.units, shape_.inputs, b, block, kSeparateVectors);
+      pack_transposed<kGates, kUnitVectors, Pair>(w, shape_.units, shape_.inputs, b, block);
     });
     block += operand_width(shape_.inputs) / Pair::kTogether * kWidth;
     with_stored(p_.w_hh, [&](const auto* w) {
@@ -262,10 +280,10 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
         for_row_tiles<kDotInputs>(count, [&]<int kRows>(RowTile i) { natural_tile<kRows>(rows + i.first, block); });
       } else if (scan_.plan.recurrent == Recurrent::kProduct) {
         products_of_caller(rows, count, block);
-      } else if (scan_.plan.fused_input) {
-        tiles<kFusedRows, true>(rows, count, block, next);
       } else {
-        tiles<kTileRows, false>(rows, count, block, next);
+        with_number<kVectors>(vectors_of(block), [&]<int kUsed>() {
+          if constexpr (kUsed <= kNarrowVectors || kUsed == kVectors) tiles<kUsed>(rows, count, block, next);
+        });
       }
     });
   }
@@ -276,20 +294,18 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     const at::BFloat16* x = s_.operands.of_step(s, place_);
     const auto* w = reinterpret_cast<const at::BFloat16*>(s_.packed + block * depth(scan_) * kWidth);
     T* sums = s_.partial + place_.member * s_.operands.rows() * kPartial;
-    const auto multiply = [&](int64_t k, const at::BFloat16* a, const at::BFloat16* b, bool add, T* c) {
-      if (k > 0) multiply_rows(*scan_.bf16, count, kWidth, k, a, width, b, kWidth, add, c, kPartial);
+    const auto multiply = [&](int64_t k, const at::BFloat16* a, const at::BFloat16* b, T* c) {
+      multiply_rows(*scan_.bf16, count, kWidth, k, a, width, b, kWidth, c, kPartial);
     };
     // A matrix unit is set up anew whenever a product is of another kind than the one before: one for x and h together,
-    // or two alike. A row of sums then is the input's part of the separate gates, the gates that add, the state's part.
-    constexpr int64_t kApart = kSeparateVectors * kLanes;
-    if constexpr (kApart == 0) {
-      multiply(width, x, w, false, sums);
+    // or two alike.
+    if constexpr (kInputApart) {
+      multiply(inputs, x, w, sums + kWidth);
+      multiply(width - inputs, x + inputs, w + inputs * kWidth, sums);
     } else {
-      std::fill_n(sums, count * kPartial, T(0));
-      multiply(inputs, x, w, true, sums);
-      multiply(width - inputs, x + inputs, w + inputs * kWidth, true, sums + kApart);
+      multiply(width, x, w, sums);
     }
-    cells<true>(rows, count, {sums + kApart, kPartial, sums, kPartial}, block * kUnits);
+    cells<true>(rows, count, {sums, kPartial, kUnitVectors * kLanes, sums + kWidth}, block * kUnits);
     if (!shape_.projected) leave_operands(rows, count, block * kUnits, std::min((block + 1) * kUnits, shape_.units));
   }
 
@@ -312,71 +328,67 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
         (none ? V(0) : load(row->product + v / kUnitVectors * units + j, left)).store(to);
       }
     }
-    cells<false>(rows, count, {sums, kWidth}, begin);
+    cells<false>(rows, count, {sums, kWidth, kUnitVectors * kLanes}, begin);
   }
 
-  template <int kMaxRows, bool kFused>
+  template <int kUsed>
   void tiles(const Row* rows, int64_t count, int64_t block, int64_t next) const {
     for_chunks<kWidth * sizeof(T)>(depth(scan_), [&](const Chunk& chunk) {
-      for_row_tiles<kMaxRows>(
-          count, [&]<int kRows>(RowTile tile) { this->template tile<kRows, kFused>(rows, tile, block, next, chunk); });
+      for_row_tiles<kTileRows>(
+          count, [&]<int kRows>(RowTile tile) { this->template tile<kRows, kUsed>(rows, tile, block, next, chunk); });
     });
   }
 
-  // Gate pre-activations of kRows rows and one block of units, and the cell on them.
-  template <int kRows, bool kFused>
+  // Gate pre-activations of kRows rows and one block of units in kUsed vectors, and the cell on them.
+  template <int kRows, int kUsed>
   void tile(const Row* all_rows, RowTile tile, int64_t block, int64_t next, const Chunk& chunk) const {
-    constexpr int kInputParts = kFused ? kSeparateVectors : 0;  // sums of the separate gates over the input alone
+    constexpr int64_t kStride = kUsed * kLanes;
     const Row* rows = all_rows + tile.first;
     const int64_t units = shape_.units, begin = block * kUnits;
+    const bool fused = scan_.plan.fused_input;
     T* partial = s_.partial + (place_.member * rows_.batch + tile.first) * kPartial;
-    V sum[kRows][kVectors];
-    V input_part[kRows][std::max(1, kInputParts)];
+    T* input_part = partial + kRows * kStride;
+    V sum[kRows][kUsed];
     load_or_zero(sum, chunk.first ? nullptr : partial);
-    if constexpr (kInputParts > 0)
-      load_or_zero(input_part, chunk.first ? nullptr : partial + kRows * kVectors * kLanes);
     if (chunk.last && rows[0].gates != nullptr) {
 #pragma GCC unroll 32
       for (int r = 0; r < kRows; ++r) prefetch<kGates, kUnitVectors>(rows[r].gates + begin, units);
     }
-    const Packed<T> w = packed_block<kVectors>(s_.packed, depth(scan_), block, next, tile, chunk);
+    const Packed<T> w = packed_block<kVectors, kUsed>(s_.packed, depth(scan_), block, next, tile, chunk);
     const T* a[kRows];
-    const int64_t inputs = kFused ? std::clamp<int64_t>(shape_.inputs - chunk.begin, 0, chunk.depth()) : 0;
-    if constexpr (kFused) {
+    const int64_t inputs = fused ? std::clamp<int64_t>(shape_.inputs - chunk.begin, 0, chunk.depth()) : 0;
+    if (fused) {
 #pragma GCC unroll 32
       for (int r = 0; r < kRows; ++r) a[r] = rows[r].input + chunk.begin;
-      accumulate<kRows, kVectors, T>(sum, w, a, inputs);
-      if (kInputParts > 0 && inputs > 0 && chunk.begin + inputs == shape_.inputs) {
-#pragma GCC unroll 32
-        for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 32
-          for (int v = 0; v < kInputParts; ++v) {  // the separate gates begin again
-            input_part[r][v] = sum[r][kVectors - kSeparateVectors + v];
-            sum[r][kVectors - kSeparateVectors + v] = V(0);
-          }
-        }
+      accumulate<kRows, kUsed, T>(sum, w, a, inputs);
+      if (kInputApart && (inputs > 0 || chunk.first) && shape_.inputs <= chunk.end) {
+        store_tile(input_part, sum);
+        set_zero(sum);
       }
     }
-    const int64_t k = std::max<int64_t>(0, chunk.begin - (kFused ? shape_.inputs : 0));  // of h
+    const int64_t k = std::max<int64_t>(0, chunk.begin - (fused ? shape_.inputs : 0));  // of h
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) a[r] = rows[r].h + k;
-    accumulate<kRows, kVectors, T>(sum, w.template from<kVectors>(inputs), a, chunk.depth() - inputs);
+    accumulate<kRows, kUsed, T>(sum, w.template from<kUsed>(inputs), a, chunk.depth() - inputs);
     store_tile(partial, sum);
-    if constexpr (kInputParts > 0) store_tile(partial + kRows * kVectors * kLanes, input_part);
-    if (chunk.last) {
-      cells<kFused>(rows, kRows, {partial, kWidth, partial + kRows * kWidth, kSeparateVectors * kLanes}, begin);
+    if (!chunk.last) return;
+    const Sums sums{partial, kStride, gate_stride(block, kUsed), input_part};
+    if (fused) {
+      cells<true>(rows, kRows, sums, begin);
+    } else {
+      cells<false>(rows, kRows, sums, begin);
     }
   }
 
   // What the cells of some rows are applied to.
   struct Sums {
-    const T* sums;  // [rows, stride] from the first kVectors * lanes of a row
+    const T* sums;  // [rows, stride]
     int64_t stride;
-    const T* input_parts = nullptr;  // [rows, input_stride] fused input: the input's part of the separate gates
-    int64_t input_stride = 0;
+    int64_t gate_stride;  // from a gate of a row to the next
+    const T* input_part = nullptr;  // [rows, stride] fused input: of cells that have it apart
 
     FASTRNN_INLINE Sums from(int64_t row) const {
-      return {sums + row * stride, stride, input_parts + row * input_stride, input_stride};
+      return {sums + row * stride, stride, gate_stride, input_part + row * stride};
     }
   };
 
@@ -384,9 +396,9 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   // keeps decoded.
   template <bool kFused>
   [[gnu::noinline]] void cells(const Row* rows, int64_t row_count, Sums sums, int64_t begin) const {
-    int64_t r = 0;
-    for (; r + kCellRows <= row_count; r += kCellRows) cells_of<kFused, kCellRows>(rows + r, sums.from(r), begin);
-    for (; r < row_count; ++r) cells_of<kFused, 1>(rows + r, sums.from(r), begin);
+    for_row_tiles<kCellRows>(row_count, [&]<int K>(RowTile tile) {
+      cells_of<kFused, K>(rows + tile.first, sums.from(tile.first), begin);
+    });
   }
 
   // Of K rows.
@@ -412,14 +424,15 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     for (int i = 0; i < K; ++i) {
 #pragma GCC unroll 32
       for (int g = 0; g < kGates; ++g) {
-        const V product = V::loadu(sums.sums + i * sums.stride + (g * kUnitVectors + u) * kLanes);
+        const int64_t at = i * sums.stride + g * sums.gate_stride + u * kLanes;
+        const V product = load(sums.sums + at, count);
         V input = bias(g, j, count);
-        if (!kFused) input = input + load(rows[i].gates + g * units + j, count);
+        if constexpr (!kFused) input = input + load(rows[i].gates + g * units + j, count);
+        if constexpr (kFused && kInputApart) input = input + load(sums.input_part + at, count);
         if (g < kAdding) {
           gate[g].v[i] = input + product;
         } else {
-          const int64_t part = i * sums.input_stride + ((g - kAdding) * kUnitVectors + u) * kLanes;
-          gate[g].v[i] = kFused ? input + V::loadu(sums.input_parts + part) : input;
+          gate[g].v[i] = input;
           gate[g + kSeparate].v[i] = bias(g + kSeparate, j, count) + product;
         }
       }

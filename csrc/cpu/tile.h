@@ -69,13 +69,15 @@ struct Packed {
 
 // The tiles of a chunk fetch the next one in equal parts, each from end to end. Evenly is what counts: a core has a
 // dozen misses in flight, and lines asked for faster than L3 gives them keep the tile's own from coming out of L2.
-template <int kVectors, class T>
+// Of this block kUsed vectors of a k are there.
+template <int kVectors, int kUsed = kVectors, class T>
 FASTRNN_INLINE Packed<T> packed_block(const T* packed, int64_t depth, int64_t block, int64_t next, RowTile tile,
                                       const Chunk& chunk) {
-  constexpr int64_t kWidth = kVectors * Vec<T>::size();
+  constexpr int64_t kWidth = kVectors * Vec<T>::size(), kUsedWidth = kUsed * Vec<T>::size();
   const int64_t step = tile.count == 1 ? kWidth : quotient(kWidth + tile.count - 1, tile.count);
-  const T* following = chunk.last ? packed + next * depth * kWidth : packed + (block * depth + chunk.end) * kWidth;
-  return {packed + (block * depth + chunk.begin) * kWidth, following + tile.index * step * chunk.depth(), step};
+  const T* begin = packed + block * depth * kWidth;
+  const T* following = chunk.last ? packed + next * depth * kWidth : begin + chunk.end * kUsedWidth;
+  return {begin + chunk.begin * kUsedWidth, following + tile.index * step * chunk.depth(), step};
 }
 
 // sum = the sums of [rows][vectors][lanes] at p, or zeros
@@ -261,7 +263,7 @@ template <int kInputs, class T, class W>
 
 // Calls f.template operator()<n>() for the run-time n in 1..kMax.
 template <int kMax, class F>
-FASTRNN_INLINE void with_rows(int n, const F& f) {
+FASTRNN_INLINE void with_number(int n, const F& f) {
   [&]<int... i>(std::integer_sequence<int, i...>) {
     (void)((n == i + 1 ? (f.template operator()<i + 1>(), true) : false) || ...);
   }(std::make_integer_sequence<int, kMax>{});
@@ -275,7 +277,7 @@ FASTRNN_INLINE void for_row_tiles(int64_t count, const F& f) {
   int64_t row = 0;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t height = least + (t < higher ? 1 : 0);
-    with_rows<kMax>(static_cast<int>(height),
+    with_number<kMax>(static_cast<int>(height),
                     [&]<int kRows>() { f.template operator()<kRows>(RowTile{row, t, tiles}); });
     row += height;
   }
@@ -316,11 +318,10 @@ struct AsStored {
   }
 };
 
-// The weights of one block of units, transposed: out [k][gates][kUnitVectors][lanes] from w [gates * units, depth], the
-// vectors of a k rotated to the right by `rotation`. Units beyond the last become zero columns. `Element` says what an
-// element of T stands for: kTogether k of a row.
+// The weights of one block of units, transposed: out [k][gates][kUnitVectors][lanes] from w [gates * units, depth]. Units
+// beyond the last become zero columns. `Element` says what an element of T stands for: kTogether k of a row.
 template <int kGates, int kUnitVectors, class Element, class T, class W>
-void pack_transposed(const W* w, int64_t units, int64_t columns, int64_t block, T* out, int rotation = 0) {
+void pack_transposed(const W* w, int64_t units, int64_t columns, int64_t block, T* out) {
   constexpr int kLanes = Vec<T>::size();
   constexpr int kWidth = kGates * kUnitVectors * kLanes;
   constexpr int kTogether = Element::kTogether;
@@ -347,7 +348,7 @@ void pack_transposed(const W* w, int64_t units, int64_t columns, int64_t block, 
           Element::copy(stored + lane * columns, count, elements + lane * kStrip);
         }
       }
-      T* to = out + (v + rotation) % (kGates * kUnitVectors) * kLanes;
+      T* to = out + v * kLanes;
       int64_t k = k0;
       if (rows == kLanes) {
         for (; k + kLanes <= k1; k += kLanes) {
@@ -357,6 +358,19 @@ void pack_transposed(const W* w, int64_t units, int64_t columns, int64_t block, 
       for (int lane = 0; lane < kLanes; ++lane) {
         for (int64_t i = k; i < k1; ++i) to[i * kWidth + lane] = lane < rows ? from[lane * stride + i - k0] : T(0);
       }
+    }
+  }
+}
+
+// The same of the units from `begin` on, their gates one behind the other: out [k][vectors][lanes], zeros behind them.
+template <int kGates, class T, class W>
+void pack_narrow(const W* w, int64_t units, int64_t depth, int64_t begin, int vectors, T* out) {
+  const int64_t width = vectors * Vec<T>::size(), count = units - begin;
+  std::fill_n(out, depth * width, T(0));
+  for (int64_t g = 0; g < kGates; ++g) {
+    for (int64_t j = 0; j < count; ++j, ++out) {
+      const W* row = w + (g * units + begin + j) * depth;
+      for (int64_t k = 0; k < depth; ++k) out[k * width] = static_cast<T>(row[k]);
     }
   }
 }
