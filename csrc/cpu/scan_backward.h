@@ -248,25 +248,22 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     const Row* rows = all_rows + tile.first;
     const int64_t units = shape_.units;
     T* partial = s_.partial + (place_.member * rows_.batch + tile.first) * kWidth;
-    V sum[kRows][kVectors];
     const T* gates[kRows];
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) {
       gates[r] = rows[r].next_gates + chunk.begin;
       if (!kProjected && chunk.last) prefetch_row(rows[r], block * kWidth);
     }
-    load_or_zero(sum, chunk.first ? nullptr : partial);
     const Packed<T> w = packed_block<kVectors>(s_.packed, kGates * units, block, next, tile, chunk);
     // the separate gates have their recurrent parts behind those of all gates
     constexpr int kAdding = kGates - kSeparate;
     const int64_t together = std::clamp<int64_t>(kAdding * units - chunk.begin, 0, chunk.depth());
-    accumulate<kRows, kVectors, T>(sum, w, gates, together);
-    if constexpr (kSeparate > 0) {
+    if (together > 0 || chunk.first) accumulate<kRows, kVectors>(partial, !chunk.first, w, gates, together);
+    if (together < chunk.depth()) {
 #pragma GCC unroll 32
       for (int r = 0; r < kRows; ++r) gates[r] += together + kSeparate * units;
-      accumulate<kRows, kVectors, T>(sum, w.template from<kVectors>(together), gates, chunk.depth() - together);
+      accumulate<kRows, kVectors>(partial, true, w.template from<kVectors>(together), gates, chunk.depth() - together);
     }
-    store_tile(partial, sum);
     if (chunk.last) hidden_sums<kProjected, false>(rows, kRows, partial, block);
   }
 
@@ -317,27 +314,26 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
   template <int kRows>
   void projection_tile(const Row* all_rows, RowTile tile, int64_t block, int64_t next) const {
     const Row* rows = all_rows + tile.first;
-    V sum[kRows][kVectors];
+    T sums[kRows][kWidth];
     const T* grad[kRows];
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) grad[r] = rows[r].grad_projected;
-    set_zero(sum);
-    accumulate<kRows, kVectors, T>(
-        sum, packed_block<kVectors>(s_.projection, shape_.outputs, block, next, tile, Chunk{0, shape_.outputs}), grad,
+    accumulate<kRows, kVectors>(
+        sums[0], false,
+        packed_block<kVectors>(s_.projection, shape_.outputs, block, next, tile, Chunk{0, shape_.outputs}), grad,
         shape_.outputs);
-#pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 32
       for (int v = 0; v < kVectors; ++v) {
         const int64_t j = block * kWidth + v * kLanes, count = shape_.units - j;
         if (count <= 0) break;
+        const V grad_h = V::loadu(sums[r] + v * kLanes);
         if constexpr (kHasPairs) {
           if (rows[r].rounded_gates != nullptr) {
-            finish<true>(rows[r], j, sum[r][v], count);
+            finish<true>(rows[r], j, grad_h, count);
             continue;
           }
         }
-        finish<false>(rows[r], j, sum[r][v], count);
+        finish<false>(rows[r], j, grad_h, count);
       }
     }
   }

@@ -347,9 +347,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     const int64_t units = shape_.units, begin = block * kUnits;
     const bool fused = scan_.plan.fused_input;
     T* partial = s_.partial + (place_.member * rows_.batch + tile.first) * kPartial;
-    T* input_part = partial + kRows * kStride;
-    V sum[kRows][kUsed];
-    load_or_zero(sum, chunk.first ? nullptr : partial);
+    T* const input_part = partial + kRows * kStride;
     if (chunk.last && rows[0].gates != nullptr) {
 #pragma GCC unroll 32
       for (int r = 0; r < kRows; ++r) prefetch<kGates, kUnitVectors>(rows[r].gates + begin, units);
@@ -357,20 +355,18 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     const Packed<T> w = packed_block<kVectors, kUsed>(s_.packed, depth(scan_), block, next, tile, chunk);
     const T* a[kRows];
     const int64_t inputs = fused ? std::clamp<int64_t>(shape_.inputs - chunk.begin, 0, chunk.depth()) : 0;
-    if (fused) {
+    if (fused && (inputs > 0 || chunk.first)) {
 #pragma GCC unroll 32
       for (int r = 0; r < kRows; ++r) a[r] = rows[r].input + chunk.begin;
-      accumulate<kRows, kUsed, T>(sum, w, a, inputs);
-      if (kInputApart && (inputs > 0 || chunk.first) && shape_.inputs <= chunk.end) {
-        store_tile(input_part, sum);
-        set_zero(sum);
-      }
+      accumulate<kRows, kUsed>(kInputApart ? input_part : partial, !chunk.first, w, a, inputs);
     }
-    const int64_t k = std::max<int64_t>(0, chunk.begin - (fused ? shape_.inputs : 0));  // of h
+    if (chunk.depth() > inputs) {
+      const int64_t k = std::max<int64_t>(0, chunk.begin - (fused ? shape_.inputs : 0));  // of h
 #pragma GCC unroll 32
-    for (int r = 0; r < kRows; ++r) a[r] = rows[r].h + k;
-    accumulate<kRows, kUsed, T>(sum, w.template from<kUsed>(inputs), a, chunk.depth() - inputs);
-    store_tile(partial, sum);
+      for (int r = 0; r < kRows; ++r) a[r] = rows[r].h + k;
+      const bool add = k > 0 || (fused && !kInputApart);
+      accumulate<kRows, kUsed>(partial, add, w.template from<kUsed>(inputs), a, chunk.depth() - inputs);
+    }
     if (!chunk.last) return;
     const Sums sums{partial, kStride, gate_stride(block, kUsed), input_part};
     if (fused) {
@@ -532,20 +528,17 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   template <int kRows>
   void project(const Row* all_rows, RowTile tile, int64_t block, int64_t next) const {
     const Row* rows = all_rows + tile.first;
-    V sum[kRows][kOutputVectors];
+    T sums[kRows][kOutputs];
     const T* activation[kRows];
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) activation[r] = rows[r].activation;
-    set_zero(sum);
-    accumulate<kRows, kOutputVectors, T>(
-        sum, packed_block<kOutputVectors>(s_.projection, shape_.units, block, next, tile, Chunk{0, shape_.units}),
+    accumulate<kRows, kOutputVectors>(
+        sums[0], false, packed_block<kOutputVectors>(s_.projection, shape_.units, block, next, tile, Chunk{0, shape_.units}),
         activation, shape_.units);
-#pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 32
       for (int v = 0; v < kOutputVectors; ++v) {
         const int64_t j = block * kOutputs + v * kLanes, count = shape_.outputs - j;
-        if (count > 0) leave(rows[r], j, sum[r][v], count);
+        if (count > 0) leave(rows[r], j, V::loadu(sums[r] + v * kLanes), count);
       }
     }
   }

@@ -77,7 +77,14 @@ struct FullWeights {
   static FASTRNN_SHARED void multiply(Vec<T> (&sum)[kRows][kVectors], const char* block, const Operand (&a)[kRows],
                                       int64_t depth, bool) {
     const T* w = reinterpret_cast<const T*>(block);
-    accumulate<kRows, kVectors, T>(sum, Packed<T>{w, w, 0}, a, depth);
+    constexpr int kLanes = Vec<T>::size();
+    T products[kRows][kVectors * kLanes];
+    accumulate<kRows, kVectors>(products[0], false, Packed<T>{w, w, 0}, a, depth);
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 32
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = sum[r][v] + Vec<T>::loadu(products[r] + v * kLanes);
+    }
   }
 };
 

@@ -80,27 +80,6 @@ FASTRNN_INLINE Packed<T> packed_block(const T* packed, int64_t depth, int64_t bl
   return {begin + chunk.begin * kUsedWidth, following + tile.index * step * chunk.depth(), step};
 }
 
-// sum = the sums of [rows][vectors][lanes] at p, or zeros
-template <int kRows, int kVectors, class T>
-FASTRNN_INLINE void load_or_zero(Vec<T> (&sum)[kRows][kVectors], const T* p) {
-#pragma GCC unroll 32
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 32
-    for (int v = 0; v < kVectors; ++v) {
-      sum[r][v] = p == nullptr ? Vec<T>(0) : Vec<T>::loadu(p + (r * kVectors + v) * Vec<T>::size());
-    }
-  }
-}
-
-template <int kRows, int kVectors, class T>
-FASTRNN_INLINE void store_tile(T* p, const Vec<T> (&sum)[kRows][kVectors]) {
-#pragma GCC unroll 32
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 32
-    for (int v = 0; v < kVectors; ++v) sum[r][v].store(p + (r * kVectors + v) * Vec<T>::size());
-  }
-}
-
 // Asks for what the end of a tile will load, from memory to L2: kParts pieces of kVectors vectors, `stride` apart. Asked
 // for after the sums, each line would be waited for.
 template <int kParts, int kVectors, class T>
@@ -121,23 +100,18 @@ FASTRNN_INLINE void set_zero(V (&sum)[kRows][kVectors]) {
   }
 }
 
-// sum += over k in [begin, end): a[r][k] * w[k][v]. The weights come from L2 a little ahead of their use.
-template <int kPartials, int kRows, int kVectors, class T>
-FASTRNN_INLINE void multiply(Vec<T> (&sum)[kRows][kVectors], const Packed<T>& packed, const T* const (&a)[kRows],
-                             int64_t begin, int64_t end) {
+// sums [kRows][kVectors][lanes] = over k in [begin, end): a[r][k] * w[k][v], or += . The weights come from L2 a little
+// ahead of their use.
+template <int kPartials, int kVectors, int kRows, class T>
+FASTRNN_INLINE void multiply(T* sums, bool add, const Packed<T>& packed, const T* const (&a)[kRows], int64_t begin,
+                             int64_t end) {
   using V = Vec<T>;
   constexpr int kLanes = V::size();
   constexpr int64_t kAhead = 8;  // of k
   const T* w = packed.block + begin * kVectors * kLanes;
   V partial[kPartials][kRows][kVectors];
 #pragma GCC unroll 32
-  for (int p = 0; p < kPartials; ++p) {
-#pragma GCC unroll 32
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 32
-      for (int v = 0; v < kVectors; ++v) partial[p][r][v] = p == 0 ? sum[r][v] : V(0);
-    }
-  }
+  for (int p = 0; p < kPartials; ++p) set_zero(partial[p]);
   int64_t k = begin;
   for (; k + kPartials <= end; k += kPartials) {
 #pragma GCC unroll 32
@@ -170,40 +144,41 @@ FASTRNN_INLINE void multiply(Vec<T> (&sum)[kRows][kVectors], const Packed<T>& pa
     }
     w += kVectors * kLanes;
   }
-#pragma GCC unroll 32
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 32
-    for (int v = 0; v < kVectors; ++v) {
-      sum[r][v] = partial[0][r][v];
-#pragma GCC unroll 32
-      for (int p = 1; p < kPartials; ++p) sum[r][v] = sum[r][v] + partial[p][r][v];
-    }
-  }
-}
-
-// sum[r][v] += over k: a[r][k] * w[k][v], with w packed [k][vectors][lanes].
-// Products are small beside a bias, an input projection or an incoming gradient, and thousands of them added to it one
-// by one would each be rounded as it is. So callers begin with zero and add what they have last, and a long sum is one
-// of chunks.
-template <int kRows, int kVectors, class T>
-FASTRNN_INLINE void accumulate(Vec<T> (&sum)[kRows][kVectors], const Packed<T>& packed, const T* const (&a)[kRows],
-                               int64_t depth) {
-  constexpr int kPartials = partial_sums(kRows, kVectors);
-  constexpr int64_t kChunk = 192;
-  if (depth <= kChunk) {
-    multiply<kPartials>(sum, packed, a, 0, depth);
-    return;
-  }
-  for (int64_t begin = 0; begin < depth; begin += kChunk) {
-    Vec<T> chunk[kRows][kVectors];
-    set_zero(chunk);
-    multiply<kPartials>(chunk, packed, a, begin, begin + kChunk < depth ? begin + kChunk : depth);
+  const auto leave = [&](const auto& value) {
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 32
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = sum[r][v] + chunk[r][v];
+      for (int v = 0; v < kVectors; ++v) {
+#pragma GCC unroll 32
+        for (int p = 1; p < kPartials; ++p) partial[0][r][v] = partial[0][r][v] + partial[p][r][v];
+        T* const to = sums + (r * kVectors + v) * kLanes;
+        value(to, partial[0][r][v]).store(to);
+      }
     }
+  };
+  if (add) {
+    leave([](const T* to, V x) { return V::loadu(to) + x; });
+  } else {
+    leave([](const T*, V x) { return x; });
   }
+}
+
+// sums [kRows][kVectors][lanes] = over k: a[r][k] * w[k][v], or += with `add`; w packed [k][kVectors][lanes].
+// Products are small beside a bias, an input projection or an incoming gradient, and thousands of them added to it one
+// by one would each be rounded as it is. So callers begin with zero and add what they have last, and a long sum is one
+// of chunks. The sums go through memory, to a function that is nothing but the loop: within a caller g++ keeps some of
+// them on the stack throughout.
+template <int kRows, int kVectors, class T>
+[[gnu::noinline]] void accumulate(T* sums, bool add, const Packed<T>& packed, const T* const (&a)[kRows],
+                                  int64_t depth) {
+  constexpr int64_t kChunk = 192;
+  int64_t begin = 0;
+  do {
+    const int64_t end = std::min(begin + kChunk, depth);
+    multiply<partial_sums(kRows, kVectors), kVectors>(sums, add, packed, a, begin, end);
+    begin = end;
+    add = true;
+  } while (begin < depth);
 }
 
 // sum[i][n] = the dot product of row i of w with x[n]. W is T, or 16 bits wide. kAhead: the rows behind these are next.
