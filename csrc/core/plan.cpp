@@ -17,9 +17,10 @@ constexpr int64_t kNaturalWithinL2 = 3, kNaturalBeyondL2 = 12, kNaturalFromMemor
 constexpr int64_t kMemoryBytes = 12 << 20;  // the caches beyond L2 are shared
 constexpr int64_t kNaturalInputsOf16Bit = 6;  // steps for which W_ih is not worth converting for a GEMM
 constexpr int64_t kOwnRows = 16;  // of a member, from which it uses the weights often enough to have all of them
-// From so many rows on, a step reuses w_ih enough to multiply x within the tiles. Where the weights come from beyond L2
-// at every step it takes more of them, by the part of them that is w_ih, and by what separate gates take from a tile.
-constexpr int64_t kFusedRows = 12, kFusedRowsBeyondL2 = 32;
+// From so many rows on, a step reuses w_ih enough to multiply x within the tiles: few where L2 has room for more than the
+// weights, some where it has not. Where they come from beyond L2 at every step it takes more rows, by the part of them
+// that is w_ih, and by what separate gates take from a tile.
+constexpr int64_t kFusedRows = 4, kFusedRowsFullL2 = 12, kFusedRowsBeyondL2 = 32;
 constexpr int64_t kBf16Rows = 4;  // fewer make no use of a matrix unit
 constexpr int64_t kNarrowInput = 8;  // fewer columns than a GEMM is good for
 constexpr int64_t kUnitsPerShare = 16;  // what a member must get of the units to be of use
@@ -95,10 +96,12 @@ CpuPlan plan_cpu(const CpuProblem& p, const CpuMachine& machine) {
   } else if (!p.backward && plan.recurrent == Recurrent::kPacked) {
     const int members = std::max(1, plan.threads / p.directions);
     const int64_t rows = p.batch / (plan.shard_units ? 1 : members);
-    const bool fit = weight_bytes(p) / (plan.shard_units ? members : 1) <= machine.l2_bytes;
+    const int64_t bytes = weight_bytes(p) / (plan.shard_units ? members : 1);
     const int64_t beyond_l2 = kFusedRowsBeyondL2 * (1 + p.separate) * p.shape.inputs /
                               (p.shape.inputs + p.shape.outputs);
-    const int64_t enough = fit ? kFusedRows : std::max(kFusedRows, beyond_l2);
+    const int64_t enough = bytes <= machine.l2_bytes / 2 ? kFusedRows
+                           : bytes <= machine.l2_bytes   ? kFusedRowsFullL2
+                                                         : std::max(kFusedRowsFullL2, beyond_l2);
     plan.fused_input = rows >= enough || (p.shape.inputs <= kNarrowInput && p.batch > 1);
   }
   return plan;

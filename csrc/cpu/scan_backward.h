@@ -40,7 +40,7 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
   };
 
   struct Scratch {
-    T* packed;  // [blocks of outputs][G*H][kVectors][lanes], or pairs of G*H
+    T* packed;  // [blocks of outputs][G*H][kVectors][lanes], or pairs of G*H. The last block may have fewer vectors
     Operands operands;  // products of bfloat16 only: the recurrent gate gradients
     T* projection;  // [blocks of H][P][kVectors][lanes]
     T* partial;  // [members][N][kWidth] sums over some of the chunks
@@ -99,6 +99,9 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
 
   int64_t unit_blocks() const { return blocks(shape_.units, kWidth); }
   int64_t output_blocks() const { return blocks(shape_.outputs, kWidth); }
+  int vectors_of(int64_t block) const {  // of outputs
+    return static_cast<int>(std::min<int64_t>(kVectors, blocks(shape_.outputs - block * kWidth, kLanes)));
+  }
 
   void visit_steps() const {
     prepare();
@@ -134,7 +137,9 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
               return;
             }
           }
-          pack_columns<kVectors>(w, shape_.outputs, kGates * shape_.units, b, block);
+          with_number<kVectors>(vectors_of(b), [&]<int kUsed>() {
+            pack_columns<kUsed>(w, shape_.outputs, kGates * shape_.units, b * kWidth, block);
+          });
         });
       }
     }
@@ -143,7 +148,8 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
       const Range range = share(unit_blocks(), place_.member, place_.members);
       for (int64_t b = range.begin; b < range.end; ++b) {
         with_stored(p_.w_hr, [&](const auto* w) {
-          pack_columns<kVectors>(w, shape_.units, shape_.outputs, b, s_.projection + b * shape_.outputs * kWidth);
+          pack_columns<kVectors>(w, shape_.units, shape_.outputs, b * kWidth,
+                                 s_.projection + b * shape_.outputs * kWidth);
         });
       }
     }
@@ -203,9 +209,12 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
         if constexpr (kHasPairs) products<kProjected>(s, rows, count, block);
         return;
       }
-      for_chunks<kWidth * sizeof(T)>(depth, [&](const Chunk& chunk) {
-        for_row_tiles<kTileRows>(
-            count, [&]<int kRows>(RowTile tile) { hidden_tile<kRows, kProjected>(rows, tile, block, next, chunk); });
+      with_number<kVectors>(vectors_of(block), [&]<int kUsed>() {
+        for_chunks<kWidth * sizeof(T)>(depth, [&](const Chunk& chunk) {
+          for_row_tiles<kTileRows>(count, [&]<int kRows>(RowTile tile) {
+            hidden_tile<kRows, kUsed, kProjected>(rows, tile, block, next, chunk);
+          });
+        });
       });
     });
   }
@@ -222,9 +231,9 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
       multiply_rows(*scan_.bf16, count, kWidth, depth, s_.operands.of_step(s, place_), depth, w, kWidth, sums, kWidth);
     }
     if (p_.rounded_gates != nullptr) {
-      hidden_sums<kProjected, true>(rows, count, sums, block);
+      hidden_sums<kProjected, true>(rows, count, sums, kWidth, block);
     } else {
-      hidden_sums<kProjected, false>(rows, count, sums, block);
+      hidden_sums<kProjected, false>(rows, count, sums, kWidth, block);
     }
     if (!kProjected) leave_operands(rows, count, block);
   }
@@ -243,7 +252,7 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     }
   }
 
-  template <int kRows, bool kProjected>
+  template <int kRows, int kUsed, bool kProjected>
   void hidden_tile(const Row* all_rows, RowTile tile, int64_t block, int64_t next, const Chunk& chunk) const {
     const Row* rows = all_rows + tile.first;
     const int64_t units = shape_.units;
@@ -254,30 +263,31 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
       gates[r] = rows[r].next_gates + chunk.begin;
       if (!kProjected && chunk.last) prefetch_row(rows[r], block * kWidth);
     }
-    const Packed<T> w = packed_block<kVectors>(s_.packed, kGates * units, block, next, tile, chunk);
+    const Packed<T> w = packed_block<kVectors, kUsed>(s_.packed, kGates * units, block, next, tile, chunk);
     // the separate gates have their recurrent parts behind those of all gates
     constexpr int kAdding = kGates - kSeparate;
     const int64_t together = std::clamp<int64_t>(kAdding * units - chunk.begin, 0, chunk.depth());
-    if (together > 0 || chunk.first) accumulate<kRows, kVectors>(partial, !chunk.first, w, gates, together);
+    if (together > 0 || chunk.first) accumulate<kRows, kUsed>(partial, !chunk.first, w, gates, together);
     if (together < chunk.depth()) {
 #pragma GCC unroll 32
       for (int r = 0; r < kRows; ++r) gates[r] += together + kSeparate * units;
-      accumulate<kRows, kVectors>(partial, true, w.template from<kVectors>(together), gates, chunk.depth() - together);
+      accumulate<kRows, kUsed>(partial, true, w.template from<kUsed>(together), gates, chunk.depth() - together);
     }
-    if (chunk.last) hidden_sums<kProjected, false>(rows, kRows, partial, block);
+    if (chunk.last) hidden_sums<kProjected, false>(rows, kRows, partial, kUsed * kLanes, block);
   }
 
-  // What follows on the sums of a tile, [rows][kVectors][lanes]. A loop of its own: unrolled within each tile it would be
+  // What follows on the sums of a tile, [rows][width]. A loop of its own: unrolled within each tile it would be
   // more code than the processor keeps decoded.
   template <bool kProjected, bool kRounded>
-  [[gnu::noinline]] void hidden_sums(const Row* rows, int64_t row_count, const T* sums, int64_t block) const {
+  [[gnu::noinline]] void hidden_sums(const Row* rows, int64_t row_count, const T* sums, int64_t width,
+                                     int64_t block) const {
 #pragma GCC unroll 1
-    for (int64_t r = 0; r < row_count; ++r, sums += kWidth) {
+    for (int64_t r = 0; r < row_count; ++r, sums += width) {
 #pragma GCC unroll 1
-      for (int v = 0; v < kVectors; ++v) {
-        const int64_t j = block * kWidth + v * kLanes, count = shape_.outputs - j;
+      for (int64_t k = 0; k < width; k += kLanes) {
+        const int64_t j = block * kWidth + k, count = shape_.outputs - j;
         if (count <= 0) break;
-        const V grad_h = V::loadu(sums + v * kLanes) + incoming(rows[r], j, count);
+        const V grad_h = V::loadu(sums + k) + incoming(rows[r], j, count);
         if constexpr (kProjected) {
           store(rows[r].grad_projected + j, grad_h, count);
         } else {

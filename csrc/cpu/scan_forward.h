@@ -21,7 +21,6 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   static constexpr int kAdding = kGates - kSeparate;  // gates whose two parts add
   // A fused input's part of the gates is a sum of its own in a cell where some gates need the parts apart.
   static constexpr bool kInputApart = kSeparate > 0;
-  static constexpr int kNarrowVectors = std::min(2, kVectors - 1);  // of a narrow block, at most
   static constexpr int64_t kPartial = (kInputApart ? 2 : 1) * kWidth;  // of a row
   static constexpr int kTileRows = max_rows(kVectors);
   static constexpr int kCellRows = kVectorRegisters == 32 ? 3 : 1;  // whose cells take turns, as registers allow
@@ -103,8 +102,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   // hold them.
   int64_t units_of(int64_t block) const { return std::min(kUnits, shape_.units - block * kUnits); }
   int vectors_of(int64_t block) const {
-    const auto vectors = static_cast<int>(blocks(kGates * units_of(block), kLanes));
-    return scan_.plan.bf16 || vectors > kNarrowVectors ? kVectors : vectors;
+    return scan_.plan.bf16 ? kVectors : static_cast<int>(blocks(kGates * units_of(block), kLanes));
   }
   // Where the next gate of a row begins in the sums of so many vectors.
   int64_t gate_stride(int64_t block, int vectors) const {
@@ -281,9 +279,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       } else if (scan_.plan.recurrent == Recurrent::kProduct) {
         products_of_caller(rows, count, block);
       } else {
-        with_number<kVectors>(vectors_of(block), [&]<int kUsed>() {
-          if constexpr (kUsed <= kNarrowVectors || kUsed == kVectors) tiles<kUsed>(rows, count, block, next);
-        });
+        with_number<kVectors>(vectors_of(block), [&]<int kUsed>() { tiles<kUsed>(rows, count, block, next); });
       }
     });
   }

@@ -350,13 +350,12 @@ void pack_narrow(const W* w, int64_t units, int64_t depth, int64_t begin, int ve
   }
 }
 
-// One block of columns as it lies: out [depth][kVectors][lanes] from w [depth, columns], in T or 16 bits, zeros beyond the
-// last column.
+// Columns from `begin` on as they lie: out [depth][kVectors][lanes] from w [depth, columns], in T or 16 bits, zeros beyond
+// the last column.
 template <int kVectors, class T, class W>
-void pack_columns(const W* w, int64_t columns, int64_t depth, int64_t block, T* out) {
+void pack_columns(const W* w, int64_t columns, int64_t depth, int64_t begin, T* out) {
   constexpr int kLanes = Vec<T>::size();
   constexpr int64_t kWidth = kVectors * kLanes;
-  const int64_t begin = block * kWidth;
   for (int64_t k = 0; k < depth; ++k) {
 #pragma GCC unroll 32
     for (int v = 0; v < kVectors; ++v) {

@@ -25,7 +25,7 @@ inline constexpr int kVectorRegisters = 16;
 #else
 inline constexpr int kVectorRegisters = 8;
 #endif
-inline constexpr int kAccumulators = kVectorRegisters * 3 / 4;
+inline constexpr int kAccumulators = kVectorRegisters == 32 ? 27 : kVectorRegisters * 3 / 4;
 
 // v in a register. g++ would have each of several instructions load it from memory again, and again while it is on its way.
 FASTRNN_INLINE Vec<float> in_register(Vec<float> v) {
