@@ -209,12 +209,9 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
         if constexpr (kHasPairs) products<kProjected>(s, rows, count, block);
         return;
       }
-      with_number<kVectors>(vectors_of(block), [&]<int kUsed>() {
-        for_chunks<kWidth * sizeof(T)>(depth, [&](const Chunk& chunk) {
-          for_row_tiles<kTileRows>(count, [&]<int kRows>(RowTile tile) {
-            hidden_tile<kRows, kUsed, kProjected>(rows, tile, block, next, chunk);
-          });
-        });
+      for_chunks<kWidth * sizeof(T)>(depth, [&](const Chunk& chunk) {
+        for_row_tiles<kTileRows>(
+            count, [&]<int kRows>(RowTile tile) { hidden_tile<kRows, kProjected>(rows, tile, block, next, chunk); });
       });
     });
   }
@@ -252,10 +249,11 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     }
   }
 
-  template <int kRows, int kUsed, bool kProjected>
+  template <int kRows, bool kProjected>
   void hidden_tile(const Row* all_rows, RowTile tile, int64_t block, int64_t next, const Chunk& chunk) const {
     const Row* rows = all_rows + tile.first;
     const int64_t units = shape_.units;
+    const int vectors = vectors_of(block);
     T* partial = s_.partial + (place_.member * rows_.batch + tile.first) * kWidth;
     const T* gates[kRows];
 #pragma GCC unroll 32
@@ -263,17 +261,17 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
       gates[r] = rows[r].next_gates + chunk.begin;
       if (!kProjected && chunk.last) prefetch_row(rows[r], block * kWidth);
     }
-    const Packed<T> w = packed_block<kVectors, kUsed>(s_.packed, kGates * units, block, next, tile, chunk);
+    const Packed<T> w = packed_block<kVectors>(s_.packed, kGates * units, block, vectors, next, tile, chunk);
     // the separate gates have their recurrent parts behind those of all gates
     constexpr int kAdding = kGates - kSeparate;
     const int64_t together = std::clamp<int64_t>(kAdding * units - chunk.begin, 0, chunk.depth());
-    if (together > 0 || chunk.first) accumulate<kRows, kUsed>(partial, !chunk.first, w, gates, together);
+    if (together > 0 || chunk.first) accumulate<kRows, kVectors>(vectors, partial, !chunk.first, w, gates, together);
     if (together < chunk.depth()) {
 #pragma GCC unroll 32
       for (int r = 0; r < kRows; ++r) gates[r] += together + kSeparate * units;
-      accumulate<kRows, kUsed>(partial, true, w.template from<kUsed>(together), gates, chunk.depth() - together);
+      accumulate<kRows, kVectors>(vectors, partial, true, w.from(together, vectors), gates, chunk.depth() - together);
     }
-    if (chunk.last) hidden_sums<kProjected, false>(rows, kRows, partial, kUsed * kLanes, block);
+    if (chunk.last) hidden_sums<kProjected, false>(rows, kRows, partial, vectors * kLanes, block);
   }
 
   // What follows on the sums of a tile, [rows][width]. A loop of its own: unrolled within each tile it would be
@@ -330,8 +328,8 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     for (int r = 0; r < kRows; ++r) grad[r] = rows[r].grad_projected;
     accumulate<kRows, kVectors>(
         sums[0], false,
-        packed_block<kVectors>(s_.projection, shape_.outputs, block, next, tile, Chunk{0, shape_.outputs}), grad,
-        shape_.outputs);
+        packed_block<kVectors>(s_.projection, shape_.outputs, block, kVectors, next, tile, Chunk{0, shape_.outputs}),
+        grad, shape_.outputs);
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kVectors; ++v) {
         const int64_t j = block * kWidth + v * kLanes, count = shape_.units - j;

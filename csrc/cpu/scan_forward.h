@@ -49,7 +49,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
 
   struct Scratch {
     T* packed;  // [blocks][depth()][kWidth] fused input: the rows of W_ih, then those of W_hh; or pairs of them. The last
-                // block may be narrow: [depth()][vectors_of()][lanes]
+    // block may be narrow: [depth()][vectors_of()][lanes]
     Operands operands;  // products of bfloat16 only: x and h, each of its operand_width
     T* partial;  // [members][N][kPartial] sums over some of the chunks
     T* projection;  // [blocks of P][H][kOutputVectors][lanes]
@@ -279,7 +279,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       } else if (scan_.plan.recurrent == Recurrent::kProduct) {
         products_of_caller(rows, count, block);
       } else {
-        with_number<kVectors>(vectors_of(block), [&]<int kUsed>() { tiles<kUsed>(rows, count, block, next); });
+        tiles(rows, count, block, next);
       }
     });
   }
@@ -327,44 +327,44 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     cells<false>(rows, count, {sums, kWidth, kUnitVectors * kLanes}, begin);
   }
 
-  template <int kUsed>
   void tiles(const Row* rows, int64_t count, int64_t block, int64_t next) const {
     for_chunks<kWidth * sizeof(T)>(depth(scan_), [&](const Chunk& chunk) {
       for_row_tiles<kTileRows>(
-          count, [&]<int kRows>(RowTile tile) { this->template tile<kRows, kUsed>(rows, tile, block, next, chunk); });
+          count, [&]<int kRows>(RowTile tile) { this->template tile<kRows>(rows, tile, block, next, chunk); });
     });
   }
 
-  // Gate pre-activations of kRows rows and one block of units in kUsed vectors, and the cell on them.
-  template <int kRows, int kUsed>
+  // Gate pre-activations of kRows rows and one block of units, and the cell on them.
+  template <int kRows>
   void tile(const Row* all_rows, RowTile tile, int64_t block, int64_t next, const Chunk& chunk) const {
-    constexpr int64_t kStride = kUsed * kLanes;
+    const int vectors = vectors_of(block);
+    const int64_t stride = vectors * kLanes;
     const Row* rows = all_rows + tile.first;
     const int64_t units = shape_.units, begin = block * kUnits;
     const bool fused = scan_.plan.fused_input;
     T* partial = s_.partial + (place_.member * rows_.batch + tile.first) * kPartial;
-    T* const input_part = partial + kRows * kStride;
+    T* const input_part = partial + kRows * stride;
     if (chunk.last && rows[0].gates != nullptr) {
 #pragma GCC unroll 32
       for (int r = 0; r < kRows; ++r) prefetch<kGates, kUnitVectors>(rows[r].gates + begin, units);
     }
-    const Packed<T> w = packed_block<kVectors, kUsed>(s_.packed, depth(scan_), block, next, tile, chunk);
+    const Packed<T> w = packed_block<kVectors>(s_.packed, depth(scan_), block, vectors, next, tile, chunk);
     const T* a[kRows];
     const int64_t inputs = fused ? std::clamp<int64_t>(shape_.inputs - chunk.begin, 0, chunk.depth()) : 0;
     if (fused && (inputs > 0 || chunk.first)) {
 #pragma GCC unroll 32
       for (int r = 0; r < kRows; ++r) a[r] = rows[r].input + chunk.begin;
-      accumulate<kRows, kUsed>(kInputApart ? input_part : partial, !chunk.first, w, a, inputs);
+      accumulate<kRows, kVectors>(vectors, kInputApart ? input_part : partial, !chunk.first, w, a, inputs);
     }
     if (chunk.depth() > inputs) {
       const int64_t k = std::max<int64_t>(0, chunk.begin - (fused ? shape_.inputs : 0));  // of h
 #pragma GCC unroll 32
       for (int r = 0; r < kRows; ++r) a[r] = rows[r].h + k;
       const bool add = k > 0 || (fused && !kInputApart);
-      accumulate<kRows, kUsed>(partial, add, w.template from<kUsed>(inputs), a, chunk.depth() - inputs);
+      accumulate<kRows, kVectors>(vectors, partial, add, w.from(inputs, vectors), a, chunk.depth() - inputs);
     }
     if (!chunk.last) return;
-    const Sums sums{partial, kStride, gate_stride(block, kUsed), input_part};
+    const Sums sums{partial, stride, gate_stride(block, vectors), input_part};
     if (fused) {
       cells<true>(rows, kRows, sums, begin);
     } else {
@@ -388,9 +388,8 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   // keeps decoded.
   template <bool kFused>
   [[gnu::noinline]] void cells(const Row* rows, int64_t row_count, Sums sums, int64_t begin) const {
-    for_row_tiles<kCellRows>(row_count, [&]<int K>(RowTile tile) {
-      cells_of<kFused, K>(rows + tile.first, sums.from(tile.first), begin);
-    });
+    for_row_tiles<kCellRows>(
+        row_count, [&]<int K>(RowTile tile) { cells_of<kFused, K>(rows + tile.first, sums.from(tile.first), begin); });
   }
 
   // Of K rows.
@@ -528,9 +527,10 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     const T* activation[kRows];
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) activation[r] = rows[r].activation;
-    accumulate<kRows, kOutputVectors>(
-        sums[0], false, packed_block<kOutputVectors>(s_.projection, shape_.units, block, next, tile, Chunk{0, shape_.units}),
-        activation, shape_.units);
+    accumulate<kRows, kOutputVectors>(sums[0], false,
+                                      packed_block<kOutputVectors>(s_.projection, shape_.units, block, kOutputVectors,
+                                                                   next, tile, Chunk{0, shape_.units}),
+                                      activation, shape_.units);
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kOutputVectors; ++v) {
         const int64_t j = block * kOutputs + v * kLanes, count = shape_.outputs - j;

@@ -61,23 +61,23 @@ struct Packed {
   const T* ahead;
   int64_t ahead_step;  // elements a k
 
-  template <int kVectors>
-  FASTRNN_INLINE Packed from(int64_t k) const {
-    return {block + k * kVectors * Vec<T>::size(), ahead + k * ahead_step, ahead_step};
+  FASTRNN_INLINE Packed from(int64_t k, int vectors) const {
+    return {block + k * vectors * Vec<T>::size(), ahead + k * ahead_step, ahead_step};
   }
 };
 
 // The tiles of a chunk fetch the next one in equal parts, each from end to end. Evenly is what counts: a core has a
 // dozen misses in flight, and lines asked for faster than L3 gives them keep the tile's own from coming out of L2.
-// Of this block kUsed vectors of a k are there.
-template <int kVectors, int kUsed = kVectors, class T>
-FASTRNN_INLINE Packed<T> packed_block(const T* packed, int64_t depth, int64_t block, int64_t next, RowTile tile,
-                                      const Chunk& chunk) {
-  constexpr int64_t kWidth = kVectors * Vec<T>::size(), kUsedWidth = kUsed * Vec<T>::size();
+// Blocks have kVectors a k, but this one may be the last, and narrow: `vectors`.
+template <int kVectors, class T>
+FASTRNN_INLINE Packed<T> packed_block(const T* packed, int64_t depth, int64_t block, int vectors, int64_t next,
+                                      RowTile tile, const Chunk& chunk) {
+  constexpr int64_t kWidth = kVectors * Vec<T>::size();
+  const int64_t width = vectors * Vec<T>::size();
   const int64_t step = tile.count == 1 ? kWidth : quotient(kWidth + tile.count - 1, tile.count);
   const T* begin = packed + block * depth * kWidth;
-  const T* following = chunk.last ? packed + next * depth * kWidth : begin + chunk.end * kUsedWidth;
-  return {begin + chunk.begin * kUsedWidth, following + tile.index * step * chunk.depth(), step};
+  const T* following = chunk.last ? packed + next * depth * kWidth : begin + chunk.end * width;
+  return {begin + chunk.begin * width, following + tile.index * step * chunk.depth(), step};
 }
 
 // Asks for what the end of a tile will load, from memory to L2: kParts pieces of kVectors vectors, `stride` apart. Asked
@@ -244,6 +244,13 @@ FASTRNN_INLINE void with_number(int n, const F& f) {
   }(std::make_integer_sequence<int, kMax>{});
 }
 
+// accumulate() for the run-time number of vectors, at most kMost.
+template <int kRows, int kMost, class T>
+FASTRNN_INLINE void accumulate(int vectors, T* sums, bool add, const Packed<T>& packed, const T* const (&a)[kRows],
+                               int64_t depth) {
+  with_number<kMost>(vectors, [&]<int kVectors>() { accumulate<kRows, kVectors>(sums, add, packed, a, depth); });
+}
+
 // Splits rows [0, count) into tiles of nearly equal height: f.template operator()<height>(tile).
 template <int kMax, class F>
 FASTRNN_INLINE void for_row_tiles(int64_t count, const F& f) {
@@ -253,7 +260,7 @@ FASTRNN_INLINE void for_row_tiles(int64_t count, const F& f) {
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t height = least + (t < higher ? 1 : 0);
     with_number<kMax>(static_cast<int>(height),
-                    [&]<int kRows>() { f.template operator()<kRows>(RowTile{row, t, tiles}); });
+                      [&]<int kRows>() { f.template operator()<kRows>(RowTile{row, t, tiles}); });
     row += height;
   }
 }
