@@ -23,7 +23,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   static constexpr bool kInputApart = kSeparate > 0;
   static constexpr int64_t kPartial = (kInputApart ? 2 : 1) * kWidth;  // of a row
   static constexpr int kTileRows = max_rows(kVectors);
-  static constexpr int kCellRows = kVectorRegisters == 32 ? 3 : 1;  // whose cells take turns, as registers allow
+  static constexpr int kCells = kVectorRegisters == 32 ? 3 : 1;  // that take turns, as registers allow
   static constexpr int kOutputVectors = 4;  // of a tile of the projection
   static constexpr int64_t kOutputs = kOutputVectors * kLanes;
   static constexpr int kOutputRows = max_rows(kOutputVectors);
@@ -51,7 +51,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     T* packed;  // [blocks][depth()][kWidth] fused input: the rows of W_ih, then those of W_hh; or pairs of them. The last
     // block may be narrow: [depth()][vectors_of()][lanes]
     Operands operands;  // products of bfloat16 only: x and h, each of its operand_width
-    T* partial;  // [members][N][kPartial] sums over some of the chunks
+    T* partial;  // [members][sums_of_member()] sums of rows, each of kPartial: of a block, or of few rows those of all
     T* projection;  // [blocks of P][H][kOutputVectors][lanes]
     T* h;  // [2][N, outputs]: read one, write the other
     T* activation;  // [N, H]
@@ -79,7 +79,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       s.operands = Operands(batch, operand_width(shape.inputs) + operand_width(shape.outputs), scan.plan.threads);
       s.operands.take(arena);
     }
-    s.partial = arena.take<T>(scan.plan.threads * std::max(batch, s.operands.rows()) * kPartial);
+    s.partial = arena.take<T>(scan.plan.threads * sums_of_member(scan, s.operands));
     s.projection = arena.take<T>(shape.projected && packed ? blocks(shape.outputs, kOutputs) * shape.units * kOutputs
                                                            : 0);
     s.h = arena.take<T>(2 * batch * shape.outputs);
@@ -88,6 +88,12 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     s.rows = arena.take<Row>(scan.plan.threads * batch);
     return s;
   }
+
+  static int64_t sums_of_member(const Scan& scan, const Operands& operands) {
+    const int64_t of_few = std::min<int64_t>(scan.rows.batch, kCells - 1) * blocks(scan.shape.units, kUnits);
+    return std::max({scan.rows.batch, operands.rows(), of_few}) * kPartial;
+  }
+  T* sums_of_member() const { return s_.partial + place_.member * sums_of_member(scan_, s_.operands); }
 
   // Of a block of packed weights, in elements of T.
   static int64_t depth(const Scan& scan) {
@@ -271,6 +277,10 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   }
 
   void units_phase(int64_t s, const Row* rows, int64_t count) const {
+    if (scan_.plan.recurrent == Recurrent::kPacked && !scan_.plan.bf16 && count < kCells) {
+      with_fused([&]<bool kFused>() { few_rows<kFused>(s, rows, count); });
+      return;
+    }
     zigzag(place_.blocks(unit_blocks()), s, [&](int64_t block, int64_t next) {
       if (scan_.plan.bf16) {
         if constexpr (kHasPairs) products(s, rows, count, block);
@@ -279,9 +289,50 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       } else if (scan_.plan.recurrent == Recurrent::kProduct) {
         products_of_caller(rows, count, block);
       } else {
-        tiles(rows, count, block, next);
+        with_fused([&]<bool kFused>() { tiles<kFused>(rows, count, block, next); });
       }
     });
+  }
+
+  template <class F>
+  FASTRNN_INLINE void with_fused(const F& f) const {
+    if (scan_.plan.fused_input) {
+      f.template operator()<true>();
+    } else {
+      f.template operator()<false>();
+    }
+  }
+
+  // One row's cells at a time would each wait for themselves, so those of several blocks take turns, after all sums. A
+  // single tile reads each block, so there is nothing to gain from its order.
+  template <bool kFused>
+  void few_rows(int64_t s, const Row* rows, int64_t count) const {
+    const Range range = place_.blocks(unit_blocks());
+    const int64_t of_block = count * kPartial, inputs = kFused ? shape_.inputs : 0;
+    T* const all = sums_of_member();
+    const auto begin_of = [&](int64_t block) { return all + (block - range.begin) * of_block; };
+    with_number<kCells>(static_cast<int>(count), [&]<int kRows>() {
+      const T *x[kRows], *h[kRows];
+      for (int r = 0; r < kRows; ++r) x[r] = rows[r].input, h[r] = rows[r].h;
+      zigzag(range, s, [&](int64_t block, int64_t) {
+        const int vectors = vectors_of(block);
+        const T* begin = s_.packed + block * depth(scan_) * kWidth;
+        const Packed<T> w{begin, begin, 0};
+        T* const sums = begin_of(block);
+        T* const input_part = kInputApart ? sums + kRows * vectors * kLanes : sums;
+        if constexpr (kFused) accumulate<kRows, kVectors>(vectors, input_part, false, w, x, inputs);
+        accumulate<kRows, kVectors>(vectors, sums, kFused && !kInputApart, w.from(inputs, vectors), h, shape_.outputs);
+      });
+    });
+    const int64_t whole = std::min(range.end, shape_.units / kUnits);
+    for (int64_t r = 0; r < count; ++r) {
+      Sums sums = sums_of(all, count, range.begin).from(r);
+      sums.stride = of_block;
+      cells_along<kFused>(rows[r], whole - range.begin, sums, range.begin * kUnits);
+    }
+    for (int64_t b = whole; b < range.end; ++b) {
+      cells<kFused>(rows, count, sums_of(begin_of(b), count, b), b * kUnits);
+    }
   }
 
   // Gate pre-activations of one block of units from products of bfloat16, and the cell on them.
@@ -289,7 +340,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     const int64_t inputs = operand_width(shape_.inputs), width = s_.operands.width();
     const at::BFloat16* x = s_.operands.of_step(s, place_);
     const auto* w = reinterpret_cast<const at::BFloat16*>(s_.packed + block * depth(scan_) * kWidth);
-    T* sums = s_.partial + place_.member * s_.operands.rows() * kPartial;
+    T* const sums = sums_of_member();
     const auto multiply = [&](int64_t k, const at::BFloat16* a, const at::BFloat16* b, T* c) {
       multiply_rows(*scan_.bf16, count, kWidth, k, a, width, b, kWidth, c, kPartial);
     };
@@ -315,7 +366,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   // The cell on products that the caller has computed.
   void products_of_caller(const Row* rows, int64_t count, int64_t block) const {
     const int64_t units = shape_.units, begin = block * kUnits;
-    T* const sums = s_.partial + place_.member * rows_.batch * kPartial;
+    T* const sums = sums_of_member();
     T* to = sums;
     for (const Row* row = rows; row < rows + count; ++row) {
       for (int v = 0; v < kVectors; ++v, to += kLanes) {
@@ -327,23 +378,26 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     cells<false>(rows, count, {sums, kWidth, kUnitVectors * kLanes}, begin);
   }
 
+  // The sums of a block of units and the cells on them, tile by tile of rows.
+  template <bool kFused>
   void tiles(const Row* rows, int64_t count, int64_t block, int64_t next) const {
     for_chunks<kWidth * sizeof(T)>(depth(scan_), [&](const Chunk& chunk) {
-      for_row_tiles<kTileRows>(
-          count, [&]<int kRows>(RowTile tile) { this->template tile<kRows>(rows, tile, block, next, chunk); });
+      for_row_tiles<kTileRows>(count, [&]<int kRows>(RowTile tile) {
+        T* const sums = sums_of_member() + tile.first * kPartial;
+        this->template tile<kRows>(rows + tile.first, tile, block, next, chunk, sums);
+        if (chunk.last) cells<kFused>(rows + tile.first, kRows, sums_of(sums, kRows, block), block * kUnits);
+      });
     });
   }
 
-  // Gate pre-activations of kRows rows and one block of units, and the cell on them.
+  // Gate pre-activations of kRows rows and one block of units, without what is added to them: see Sums.
   template <int kRows>
-  void tile(const Row* all_rows, RowTile tile, int64_t block, int64_t next, const Chunk& chunk) const {
+  [[gnu::noinline]] void tile(const Row* rows, const RowTile& tile, int64_t block, int64_t next, const Chunk& chunk,
+                              T* partial) const {
     const int vectors = vectors_of(block);
-    const int64_t stride = vectors * kLanes;
-    const Row* rows = all_rows + tile.first;
     const int64_t units = shape_.units, begin = block * kUnits;
     const bool fused = scan_.plan.fused_input;
-    T* partial = s_.partial + (place_.member * rows_.batch + tile.first) * kPartial;
-    T* const input_part = partial + kRows * stride;
+    T* const input_part = partial + kRows * vectors * kLanes;
     if (chunk.last && rows[0].gates != nullptr) {
 #pragma GCC unroll 32
       for (int r = 0; r < kRows; ++r) prefetch<kGates, kUnitVectors>(rows[r].gates + begin, units);
@@ -363,62 +417,71 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       const bool add = k > 0 || (fused && !kInputApart);
       accumulate<kRows, kVectors>(vectors, partial, add, w.from(inputs, vectors), a, chunk.depth() - inputs);
     }
-    if (!chunk.last) return;
-    const Sums sums{partial, stride, gate_stride(block, vectors), input_part};
-    if (fused) {
-      cells<true>(rows, kRows, sums, begin);
-    } else {
-      cells<false>(rows, kRows, sums, begin);
-    }
   }
 
-  // What the cells of some rows are applied to.
+  // What cells are applied to.
   struct Sums {
-    const T* sums;  // [rows, stride]
+    const T* sums;  // [rows, stride], or of one row [blocks, stride]
     int64_t stride;
-    int64_t gate_stride;  // from a gate of a row to the next
-    const T* input_part = nullptr;  // [rows, stride] fused input: of cells that have it apart
+    int64_t gate_stride;  // from a gate to the next
+    const T* input_part = nullptr;  // as sums; fused input: of cells that have it apart
 
-    FASTRNN_INLINE Sums from(int64_t row) const {
-      return {sums + row * stride, stride, gate_stride, input_part + row * stride};
+    FASTRNN_INLINE Sums from(int64_t i) const {
+      return {sums + i * stride, stride, gate_stride, input_part + i * stride};
     }
   };
+
+  // Those that a tile of so many rows leaves.
+  Sums sums_of(const T* partial, int64_t rows, int64_t block) const {
+    const int vectors = vectors_of(block);
+    return {partial, vectors * kLanes, gate_stride(block, vectors), partial + rows * vectors * kLanes};
+  }
 
   // The cell on the sums of a tile. A loop of its own: unrolled within each tile it would be more code than the processor
   // keeps decoded.
   template <bool kFused>
   [[gnu::noinline]] void cells(const Row* rows, int64_t row_count, Sums sums, int64_t begin) const {
-    for_row_tiles<kCellRows>(
-        row_count, [&]<int K>(RowTile tile) { cells_of<kFused, K>(rows + tile.first, sums.from(tile.first), begin); });
+    for_row_tiles<kCells>(row_count, [&]<int K>(RowTile tile) {
+      cells_of<kFused, false, K>(rows + tile.first, sums.from(tile.first), begin);
+    });
   }
 
-  // Of K rows.
-  template <bool kFused, int K>
+  // The same of whole blocks of one row.
+  template <bool kFused>
+  [[gnu::noinline]] void cells_along(const Row& row, int64_t block_count, Sums sums, int64_t begin) const {
+    for_row_tiles<kCells>(block_count, [&]<int K>(RowTile tile) {
+      cells_of<kFused, true, K>(&row, sums.from(tile.first), begin + tile.first * kUnits);
+    });
+  }
+
+  // Of K rows, or with kAlong of K blocks of a row.
+  template <bool kFused, bool kAlong, int K>
   FASTRNN_INLINE void cells_of(const Row* rows, const Sums& sums, int64_t begin) const {
 #pragma GCC unroll 32
     for (int u = 0; u < kUnitVectors; ++u) {
       const int64_t count = shape_.units - begin - u * kLanes;
-      if (count >= kLanes) {  // known to be whole, a vector takes no mask and no branch
-        vector_of_units<kFused, K>(rows, sums, begin, u, kLanes);
+      if (kAlong || count >= kLanes) {  // known to be whole, a vector takes no mask and no branch
+        vector_of_units<kFused, kAlong, K>(rows, sums, begin, u, kLanes);
       } else if (count > 0) {
-        vector_of_units<kFused, K>(rows, sums, begin, u, count);
+        vector_of_units<kFused, kAlong, K>(rows, sums, begin, u, count);
       }
     }
   }
 
   // Vector u of the units of a block, `count` of them.
-  template <bool kFused, int K>
+  template <bool kFused, bool kAlong, int K>
   FASTRNN_INLINE void vector_of_units(const Row* rows, const Sums& sums, int64_t begin, int u, int64_t count) const {
-    const int64_t units = shape_.units, j = begin + u * kLanes;
+    const int64_t units = shape_.units;
     Several<T, K> gate[kGates + kSeparate];
 #pragma GCC unroll 32
     for (int i = 0; i < K; ++i) {
+      const int64_t j = begin + u * kLanes + (kAlong ? i * kUnits : 0);
 #pragma GCC unroll 32
       for (int g = 0; g < kGates; ++g) {
         const int64_t at = i * sums.stride + g * sums.gate_stride + u * kLanes;
         const V product = load(sums.sums + at, count);
         V input = bias(g, j, count);
-        if constexpr (!kFused) input = input + load(rows[i].gates + g * units + j, count);
+        if constexpr (!kFused) input = input + load(rows[kAlong ? 0 : i].gates + g * units + j, count);
         if constexpr (kFused && kInputApart) input = input + load(sums.input_part + at, count);
         if (g < kAdding) {
           gate[g].v[i] = input + product;
@@ -428,24 +491,29 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
         }
       }
     }
-    finish(rows, j, count, gate);
+    finish<kAlong>(rows, begin + u * kLanes, count, gate);
   }
 
   // Of gate g; those of the recurrent parts of separate gates lie behind the gates.
   FASTRNN_INLINE V bias(int g, int64_t j, int64_t count) const { return load(p_.bias + g * shape_.units + j, count); }
 
-  // The cell of K rows, and where its results go.
-  template <int K>
-  FASTRNN_INLINE void finish(const Row* rows, int64_t j, int64_t count,
+  // The cell of K rows or blocks, and where its results go.
+  template <bool kAlong, int K>
+  FASTRNN_INLINE void finish(const Row* rows, int64_t first, int64_t count,
                              const Several<T, K> (&gate)[kGates + kSeparate]) const {
     const int64_t units = shape_.units;
+    const auto row_of = [&](int i) -> const Row& { return rows[kAlong ? 0 : i]; };
+    const auto unit_of = [&](int i) { return first + (kAlong ? i * kUnits : 0); };
     Several<T, K> state(0), saved[Cell::kSaved];
 #pragma GCC unroll 8
-    for (int i = 0; i < K && kState != ElementState::kNone; ++i) state.v[i] = load(rows[i].state + j, count);
+    for (int i = 0; i < K && kState != ElementState::kNone; ++i) {
+      state.v[i] = load(row_of(i).state + unit_of(i), count);
+    }
     const Several<T, K> h = Cell::forward(gate, state, saved);
 #pragma GCC unroll 8
     for (int i = 0; i < K; ++i) {
-      const Row& row = rows[i];
+      const Row& row = row_of(i);
+      const int64_t j = unit_of(i);
       if (p_.save) {
 #pragma GCC unroll 32
         for (int c = 0; c < Cell::kSaved; ++c) store(row.gates + c * units + j, saved[c].v[i], count);
@@ -499,7 +567,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
             gate[g + kSeparate].v[0] = bias(g + kSeparate, j, count) + product;
           }
         }
-        finish(rows + r, j, count, gate);
+        finish<false>(rows + r, j, count, gate);
       }
     }
   }
