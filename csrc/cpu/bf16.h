@@ -9,10 +9,9 @@ namespace fastrnn {
 
 struct Bf16Products {
   const char* name;
-  // c [m, n] = a b, or += with `add`: a [m, k] and c with row strides lda and ldc; b [k / 2, ldb, 2], two k side by side;
-  // k is even.
-  void (*multiply)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add,
-                   const c10::BFloat16* a, const c10::BFloat16* b, float* c);
+  // c [m, n] = a b: a [m, k] and c with row strides lda and ldc; b [k / 2, ldb, 2], two k side by side; k is even.
+  void (*multiply)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, const c10::BFloat16* a,
+                   const c10::BFloat16* b, float* c);
   void (*release)();  // after a thread's last product for a while
 };
 

@@ -67,40 +67,47 @@ class Operands {
   static constexpr int64_t kRows = 32;  // of a product
 
   Operands() = default;
-  Operands(int64_t batch, int64_t width, int members) : batch_(batch), rows_(batch + kRows * members), width_(width) {}
+  Operands(int64_t batch, int64_t width, int members)
+      : batch_(batch),
+        rows_(batch + kRows * members),
+        width_(width),
+        stride_(width + (width % kConflict == 0 ? 32 : 0)) {}
 
-  void take(Arena& arena) { memory_ = arena.take<at::BFloat16>(2 * rows_ * width_); }
+  void take(Arena& arena) { memory_ = arena.take<at::BFloat16>(2 * rows_ * stride_); }
   int64_t rows() const { return rows_; }
   int64_t width() const { return width_; }
+  int64_t stride() const { return stride_; }  // from a row to the next
 
-  // [its rows, width] of a member
+  // [its rows, stride] of a member
   FASTRNN_INLINE at::BFloat16* of_step(int64_t s, const Place& place) const {
     const int64_t first = place.shard_units ? 0 : place.rows(batch_).begin + kRows * place.member;
-    return memory_ + (s % 2 * rows_ + first) * width_;
+    return memory_ + (s % 2 * rows_ + first) * stride_;
   }
   // Zeros for both steps: what lies behind the columns and rows meets zeros, or means nothing, but must not be NaN.
   void clear(const Place& place) const {
     const Range part = share(rows_, place.member, place.members);
     for (int64_t s = 0; s < 2; ++s) {
-      std::fill_n(memory_ + (s * rows_ + part.begin) * width_, (part.end - part.begin) * width_, at::BFloat16(0));
+      std::fill_n(memory_ + (s * rows_ + part.begin) * stride_, (part.end - part.begin) * stride_, at::BFloat16(0));
     }
   }
 
  private:
-  at::BFloat16* memory_ = nullptr;  // [2][rows][width]
-  int64_t batch_ = 0, rows_ = 0, width_ = 0;
+  // A product reads the same columns of 32 rows at a time, and rows so far apart would find place in a part of L1 only.
+  static constexpr int64_t kConflict = 128;
+
+  at::BFloat16* memory_ = nullptr;  // [2][rows][stride]
+  int64_t batch_ = 0, rows_ = 0, width_ = 0, stride_ = 0;
 };
 
-// c [count, n] = a b: rows in whole multiples, so that a batch whose rows end one by one needs no code of its own
-// for each number of them. What lies behind the last row, of a and of c, takes part and means nothing.
+// c [count, n] = a b: rows in whole multiples, so that a batch whose rows end one by one needs no code of its own for each
+// number of them. What lies behind the last row, of a and of c, takes part and means nothing.
 inline void multiply_rows(const Bf16Products& products, int64_t count, int64_t n, int64_t k, const at::BFloat16* a,
                           int64_t lda, const at::BFloat16* b, int64_t ldb, float* c, int64_t ldc) {
-  if (k == 0) std::fill_n(c, count * ldc, 0.0f);
-  if (k == 0) return;
-  for (int64_t i = 0; i < count; i += Operands::kRows) {
+  for (int64_t i = 0; i < count && k == 0; ++i) std::fill_n(c + i * ldc, n, 0.0f);
+  for (int64_t i = 0; i < count && k > 0; i += Operands::kRows) {
     int64_t m = Operands::kRows;
     while (m / 2 >= count - i) m /= 2;
-    products.multiply(m, n, k, lda, ldb, ldc, false, a + i * lda, b, c + i * ldc);
+    products.multiply(m, n, k, lda, ldb, ldc, a + i * lda, b, c + i * ldc);
   }
 }
 

@@ -217,7 +217,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   // Where row i of the batch, in the order of the scan, has h for step s; x lies before it.
   at::BFloat16* operand(int64_t s, int64_t i) const {
     const int64_t row = i - place_.rows(rows_.batch).begin;
-    return s_.operands.of_step(s, place_) + row * s_.operands.width() + operand_width(shape_.inputs);
+    return s_.operands.of_step(s, place_) + row * s_.operands.stride() + operand_width(shape_.inputs);
   }
 
   // The input of step s as operands: this member's rows, or its part of those that it shares.
@@ -342,7 +342,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     const auto* w = reinterpret_cast<const at::BFloat16*>(s_.packed + block * depth(scan_) * kWidth);
     T* const sums = sums_of_member();
     const auto multiply = [&](int64_t k, const at::BFloat16* a, const at::BFloat16* b, T* c) {
-      multiply_rows(*scan_.bf16, count, kWidth, k, a, width, b, kWidth, c, kPartial);
+      multiply_rows(*scan_.bf16, count, kWidth, k, a, s_.operands.stride(), b, kWidth, c, kPartial);
     };
     // A matrix unit is set up anew whenever a product is of another kind than the one before: one for x and h together,
     // or two alike.
