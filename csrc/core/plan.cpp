@@ -20,7 +20,7 @@ constexpr int64_t kOwnRows = 16;  // of a member, from which it uses the weights
 // From so many rows on, a step reuses w_ih enough to multiply x within the tiles: few where L2 has room for more than the
 // weights, some where it has not. Where they come from beyond L2 at every step it takes more rows, by the part of them
 // that is w_ih, and by what separate gates take from a tile.
-constexpr int64_t kFusedRows = 4, kFusedRowsFullL2 = 12, kFusedRowsBeyondL2 = 32;
+constexpr int64_t kFusedRows = 5, kFusedRowsFullL2 = 12, kFusedRowsBeyondL2 = 32;
 constexpr int64_t kBf16Rows = 4;  // fewer make no use of a matrix unit
 constexpr int64_t kNarrowInput = 8;  // fewer columns than a GEMM is good for
 constexpr int64_t kUnitsPerShare = 16;  // what a member must get of the units to be of use

@@ -225,7 +225,8 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
       std::fill_n(sums, count * kWidth, T(0));
     } else {
       const auto* w = reinterpret_cast<const at::BFloat16*>(s_.packed) + block * depth * kWidth;
-      multiply_rows(*scan_.bf16, count, kWidth, depth, s_.operands.of_step(s, place_), s_.operands.stride(), w, kWidth, sums, kWidth);
+      multiply_rows(*scan_.bf16, count, kWidth, depth, s_.operands.of_step(s, place_), s_.operands.stride(), w, kWidth,
+                    sums, kWidth);
     }
     if (p_.rounded_gates != nullptr) {
       hidden_sums<kProjected, true>(rows, count, sums, kWidth, block);

@@ -24,6 +24,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   static constexpr int64_t kPartial = (kInputApart ? 2 : 1) * kWidth;  // of a row
   static constexpr int kTileRows = max_rows(kVectors);
   static constexpr int kCells = kVectorRegisters == 32 ? 3 : 1;  // that take turns, as registers allow
+  static constexpr int kFewRows = 2;  // whose cells do not fill the turns
   static constexpr int kOutputVectors = 4;  // of a tile of the projection
   static constexpr int64_t kOutputs = kOutputVectors * kLanes;
   static constexpr int kOutputRows = max_rows(kOutputVectors);
@@ -90,7 +91,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   }
 
   static int64_t sums_of_member(const Scan& scan, const Operands& operands) {
-    const int64_t of_few = std::min<int64_t>(scan.rows.batch, kCells - 1) * blocks(scan.shape.units, kUnits);
+    const int64_t of_few = std::min<int64_t>(scan.rows.batch, kFewRows) * blocks(scan.shape.units, kUnits);
     return std::max({scan.rows.batch, operands.rows(), of_few}) * kPartial;
   }
   T* sums_of_member() const { return s_.partial + place_.member * sums_of_member(scan_, s_.operands); }
@@ -277,7 +278,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   }
 
   void units_phase(int64_t s, const Row* rows, int64_t count) const {
-    if (scan_.plan.recurrent == Recurrent::kPacked && !scan_.plan.bf16 && count < kCells) {
+    if (scan_.plan.recurrent == Recurrent::kPacked && !scan_.plan.bf16 && count <= kFewRows) {
       with_fused([&]<bool kFused>() { few_rows<kFused>(s, rows, count); });
       return;
     }
@@ -311,7 +312,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     const int64_t of_block = count * kPartial, inputs = kFused ? shape_.inputs : 0;
     T* const all = sums_of_member();
     const auto begin_of = [&](int64_t block) { return all + (block - range.begin) * of_block; };
-    with_number<kCells>(static_cast<int>(count), [&]<int kRows>() {
+    with_number<kFewRows>(static_cast<int>(count), [&]<int kRows>() {
       const T *x[kRows], *h[kRows];
       for (int r = 0; r < kRows; ++r) x[r] = rows[r].input, h[r] = rows[r].h;
       zigzag(range, s, [&](int64_t block, int64_t) {

@@ -39,13 +39,14 @@ void test_plan() {
   const CpuProblem large{4, 0, 64, 64, {1024, 1024, 1024, false}, 1, 4, false, false};
   CHECK(plan_cpu(large, {2, 1 << 21}).threads == 2);
   CHECK(plan_cpu(large, {2, 1 << 21}).fused_input);
-  // beyond L2, it takes more rows to have the input multiplied within the tiles: by the part of the weights that is its
-  // own, and twice as many where gates keep their two sums apart
+  // it takes some rows to have the input multiplied within the tiles, more where the weights fill L2, and beyond it more
+  // again: by the part of the weights that is its own, and twice as many where gates keep their two sums apart
   const auto fused = [](int separate, int64_t batch, int64_t inputs, int64_t units) {
     const CpuProblem problem{4, separate, 64, batch, {inputs, units, units, false}, 1, 4, false, false};
     return plan_cpu(problem, {1, 1 << 20}).fused_input;
   };
-  CHECK(!fused(0, 11, 128, 128) && fused(0, 12, 128, 128) && fused(1, 12, 128, 128));  // 512 KiB of weights
+  CHECK(!fused(0, 4, 128, 128) && fused(0, 5, 128, 128) && fused(1, 5, 128, 128));  // 512 KiB of weights
+  CHECK(!fused(0, 11, 129, 128) && fused(0, 12, 129, 128) && fused(1, 12, 129, 128));
   CHECK(!fused(0, 15, 256, 256) && fused(0, 16, 256, 256) && !fused(1, 31, 256, 256) && fused(1, 32, 256, 256));
   CHECK(fused(0, 12, 100, 300) && !fused(0, 23, 900, 256));
   CHECK(fused(0, 2, 8, 512) && !fused(0, 2, 9, 512));
