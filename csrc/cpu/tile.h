@@ -193,7 +193,7 @@ FASTRNN_INLINE void dot(T (&sum)[kRows][kInputs], const W* w, const T* const (&x
     for (int n = 0; n < kInputs; ++n) in[n] = load(x[n] + k, count);
 #pragma GCC unroll 32
     for (int i = 0; i < kRows; ++i) {
-      const V weight = load(w + i * depth + k, count);
+      const V weight = in_register(load(w + i * depth + k, count));
       if constexpr (kAhead) __builtin_prefetch(w + (i + kRows) * depth + k, 0, 3);
 #pragma GCC unroll 32
       for (int n = 0; n < kInputs; ++n) s[i][n] = at::vec::fmadd(in[n], weight, s[i][n]);
