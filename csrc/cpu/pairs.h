@@ -64,7 +64,7 @@ void pack_columns_in_pairs(const W* w, int64_t columns, int64_t depth, int64_t b
 // units share the rows too; else each has its own, and some more, as products may read beyond the last.
 class Operands {
  public:
-  static constexpr int64_t kRows = 32;  // of a product
+  static constexpr int64_t kRows = 32;  // of a product, or of many rows several times that
 
   Operands() = default;
   Operands(int64_t batch, int64_t width, int members)
@@ -103,9 +103,11 @@ class Operands {
 // number of them. What lies behind the last row, of a and of c, takes part and means nothing.
 inline void multiply_rows(const Bf16Products& products, int64_t count, int64_t n, int64_t k, const at::BFloat16* a,
                           int64_t lda, const at::BFloat16* b, int64_t ldb, float* c, int64_t ldc) {
+  constexpr int64_t kManyRows = 4 * Operands::kRows;
   for (int64_t i = 0; i < count && k == 0; ++i) std::fill_n(c + i * ldc, n, 0.0f);
-  for (int64_t i = 0; i < count && k > 0; i += Operands::kRows) {
-    int64_t m = Operands::kRows;
+  int64_t m = 0;
+  for (int64_t i = 0; i < count && k > 0; i += m) {
+    m = count - i >= kManyRows ? kManyRows : Operands::kRows;
     while (m / 2 >= count - i) m /= 2;
     products.multiply(m, n, k, lda, ldb, ldc, a + i * lda, b, c + i * ldc);
   }
