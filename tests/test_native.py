@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from cases import (
+    KINDS,
     Case,
     data,
     module,
@@ -18,6 +19,7 @@ from cases import (
     tensors,
     threads,
 )
+from tolerance import check, worst
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastrnn
@@ -34,6 +36,19 @@ def test_number_of_threads(case, count, native):
     for name, value in found.items():
         assert torch.equal(value, again[name]), name
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 7])
+@pytest.mark.parametrize("kind", KINDS)
+def test_units_of_the_last_block(kind, batch, native):
+    """Every number of units that a vector may be left with, and every number of vectors that a block may be."""
+    for hidden in (*range(2, 17), 20, 23, 26, 29, 49, 65, 81, 97):
+        case = Case(kind, steps=5, batch=batch, inputs=9, hidden=hidden)
+        theirs = outputs_and_gradients(module(case, torch.nn), *data(case))
+        oracle = outputs_and_gradients(module(case, torch.nn, torch.float64), *data(case, torch.float64))
+        own = worst(theirs, oracle)  # some of these tensors have two elements
+        for name, value in outputs_and_gradients(module(case), *data(case)).items():
+            check(f"{case} {name}", value, theirs[name], oracle[name], own=own * oracle[name].abs().max().item())
 
 
 @parametrize(small(num_layers=2, bidirectional=True, steps=7, batch=17, hidden=33))
