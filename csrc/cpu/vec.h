@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "core/activation.h"
 #include "core/params.h"
@@ -28,18 +29,10 @@ inline constexpr int kVectorRegisters = 8;
 inline constexpr int kAccumulators = kVectorRegisters == 32 ? 27 : kVectorRegisters * 3 / 4;
 
 // v in a register. g++ would have each of several instructions load it from memory again, and again while it is on its way.
-FASTRNN_INLINE Vec<float> in_register(Vec<float> v) {
+template <class T>
+FASTRNN_INLINE Vec<T> in_register(Vec<T> v) {
 #if defined(CPU_CAPABILITY_AVX512)
-  __m512 x = v;
-  asm("" : "+v"(x));
-  return x;
-#else
-  return v;
-#endif
-}
-FASTRNN_INLINE Vec<double> in_register(Vec<double> v) {
-#if defined(CPU_CAPABILITY_AVX512)
-  __m512d x = v;
+  std::conditional_t<std::is_same_v<T, float>, __m512, __m512d> x = v;
   asm("" : "+v"(x));
   return x;
 #else
