@@ -41,8 +41,11 @@ def test_large(case, backend):
     compare(case, backend)
 
 
-# The block of weights that a tile reads is more than 256 KiB, so that the scans sum it up in several chunks.
+# The block of weights that a tile reads is more than 256 KiB, so that the scans sum it up in several chunks: with many
+# rows the forward scan, which then multiplies the input too, and with many units both, where vectors are wide.
 CHUNKS = [
+    *(Case(kind, batch=65, inputs=3001, hidden=33) for kind in ("rnn_tanh", "lstm", "gru")),
+    Case("lstm", batch=9, hidden=1201),
     *(Case(kind, batch=9, inputs=1531, hidden=601) for kind in ("rnn_tanh", "lstm", "gru")),
     Case("lstm", hidden=1201),
     Case("gru", layout="unsorted", batch=17, hidden=1201, dtype=torch.float64, bidirectional=True),

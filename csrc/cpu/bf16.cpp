@@ -79,7 +79,7 @@ const Bf16Products* choose() {
     throw std::invalid_argument("FASTRNN_CPU_BF16 should be 'auto', 'off' or 'emulate', got '" + wanted + "'");
   }
   if (wanted == "off" || !has_bf16_dot()) return nullptr;
-  if (!works(32, 64, 64) || !works(8, 48, 96) || !works(1, 16, 6)) return nullptr;
+  if (!works(128, 64, 64) || !works(32, 64, 64) || !works(8, 48, 96) || !works(1, 16, 6)) return nullptr;
   return &kNative;
 }
 

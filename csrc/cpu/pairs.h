@@ -64,7 +64,7 @@ void pack_columns_in_pairs(const W* w, int64_t columns, int64_t depth, int64_t b
 // units share the rows too; else each has its own, and some more, as products may read beyond the last.
 class Operands {
  public:
-  static constexpr int64_t kRows = 32;  // of a product, or of many rows several times that
+  static constexpr int64_t kRows = 32;  // of a product; where there are many, it takes several times as many
 
   Operands() = default;
   Operands(int64_t batch, int64_t width, int members)
@@ -92,8 +92,9 @@ class Operands {
   }
 
  private:
-  // A product reads the same columns of 32 rows at a time, and rows so far apart would find place in a part of L1 only.
-  static constexpr int64_t kConflict = 128;
+  // A product reads the same columns of 32 rows at a time, and rows a multiple of 256 bytes apart would find place in a
+  // part of L1 only.
+  static constexpr int64_t kConflict = 128;  // elements
 
   at::BFloat16* memory_ = nullptr;  // [2][rows][stride]
   int64_t batch_ = 0, rows_ = 0, width_ = 0, stride_ = 0;
@@ -104,9 +105,12 @@ class Operands {
 inline void multiply_rows(const Bf16Products& products, int64_t count, int64_t n, int64_t k, const at::BFloat16* a,
                           int64_t lda, const at::BFloat16* b, int64_t ldb, float* c, int64_t ldc) {
   constexpr int64_t kManyRows = 4 * Operands::kRows;
-  for (int64_t i = 0; i < count && k == 0; ++i) std::fill_n(c + i * ldc, n, 0.0f);
+  if (k == 0) {  // a layer without inputs
+    for (int64_t i = 0; i < count; ++i) std::fill_n(c + i * ldc, n, 0.0f);
+    return;
+  }
   int64_t m = 0;
-  for (int64_t i = 0; i < count && k > 0; i += m) {
+  for (int64_t i = 0; i < count; i += m) {
     m = count - i >= kManyRows ? kManyRows : Operands::kRows;
     while (m / 2 >= count - i) m /= 2;
     products.multiply(m, n, k, lda, ldb, ldc, a + i * lda, b, c + i * ldc);

@@ -200,7 +200,7 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     return std::max<int64_t>(0, end - range.begin);
   }
 
-  // grad_h_t for one block of its columns. Unprojected, these are units, and the cell follows while it is in registers.
+  // grad_h_t for one block of its columns. Unprojected, these are units, and the cell follows while it is in L1.
   template <bool kProjected>
   void phase(int64_t s, const Row* rows, int64_t count) const {
     const int64_t depth = s > 0 ? kGates * shape_.units : 0;

@@ -1,5 +1,5 @@
 // The forward scan: for every step, a recurrent projection in register tiles, all gates of a unit together, and the cell
-// on the sums while they are in registers. With a projection a second phase follows, h = W_hr (o tanh(c)).
+// on the sums while they are in L1. With a projection a second phase follows, h = W_hr (o tanh(c)).
 #pragma once
 
 #include "cpu/pairs.h"
@@ -24,7 +24,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   static constexpr int64_t kPartial = (kInputApart ? 2 : 1) * kWidth;  // of a row
   static constexpr int kTileRows = max_rows(kVectors);
   static constexpr int kCells = kVectorRegisters == 32 ? 3 : 1;  // that take turns, as registers allow
-  static constexpr int kFewRows = 2;  // whose cells do not fill the turns
+  static constexpr int kFewRows = 2;  // fewer than fill the turns
   static constexpr int kOutputVectors = 4;  // of a tile of the projection
   static constexpr int64_t kOutputs = kOutputVectors * kLanes;
   static constexpr int kOutputRows = max_rows(kOutputVectors);
@@ -304,35 +304,35 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     }
   }
 
-  // One row's cells at a time would each wait for themselves, so those of several blocks take turns, after all sums. A
-  // single tile reads each block, so there is nothing to gain from its order.
+  // One row's cells at a time would each wait for themselves, so those of several blocks take turns, after the sums of all
+  // blocks. A single tile of rows reads each block: there is no use in chunks of it.
   template <bool kFused>
   void few_rows(int64_t s, const Row* rows, int64_t count) const {
     const Range range = place_.blocks(unit_blocks());
-    const int64_t of_block = count * kPartial, inputs = kFused ? shape_.inputs : 0;
+    const int64_t of_block = count * kPartial, inputs = kFused ? shape_.inputs : 0, all_k = depth(scan_);
     T* const all = sums_of_member();
-    const auto begin_of = [&](int64_t block) { return all + (block - range.begin) * of_block; };
+    const auto sums_at = [&](int64_t block) { return all + (block - range.begin) * of_block; };
     with_number<kFewRows>(static_cast<int>(count), [&]<int kRows>() {
       const T *x[kRows], *h[kRows];
       for (int r = 0; r < kRows; ++r) x[r] = rows[r].input, h[r] = rows[r].h;
-      zigzag(range, s, [&](int64_t block, int64_t) {
+      zigzag(range, s, [&](int64_t block, int64_t next) {
         const int vectors = vectors_of(block);
-        const T* begin = s_.packed + block * depth(scan_) * kWidth;
-        const Packed<T> w{begin, begin, 0};
-        T* const sums = begin_of(block);
+        const Packed<T> w = packed_block<kVectors>(s_.packed, all_k, block, vectors, next, RowTile{0, 0, 1},
+                                                   Chunk{0, all_k});
+        T* const sums = sums_at(block);
         T* const input_part = kInputApart ? sums + kRows * vectors * kLanes : sums;
         if constexpr (kFused) accumulate<kRows, kVectors>(vectors, input_part, false, w, x, inputs);
         accumulate<kRows, kVectors>(vectors, sums, kFused && !kInputApart, w.from(inputs, vectors), h, shape_.outputs);
       });
     });
-    const int64_t whole = std::min(range.end, shape_.units / kUnits);
+    const int64_t whole = std::min(range.end, shape_.units / kUnits);  // blocks before it are
     for (int64_t r = 0; r < count; ++r) {
       Sums sums = sums_of(all, count, range.begin).from(r);
-      sums.stride = of_block;
+      sums.stride = of_block;  // no longer from row to row
       cells_along<kFused>(rows[r], whole - range.begin, sums, range.begin * kUnits);
     }
     for (int64_t b = whole; b < range.end; ++b) {
-      cells<kFused>(rows, count, sums_of(begin_of(b), count, b), b * kUnits);
+      cells<kFused>(rows, count, sums_of(sums_at(b), count, b), b * kUnits);
     }
   }
 
@@ -376,7 +376,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
         (none ? V(0) : load(row->product + v / kUnitVectors * units + j, left)).store(to);
       }
     }
-    cells<false>(rows, count, {sums, kWidth, kUnitVectors * kLanes}, begin);
+    cells<false>(rows, count, {sums, kWidth, kUnitVectors * kLanes, sums}, begin);
   }
 
   // The sums of a block of units and the cells on them, tile by tile of rows.
@@ -391,7 +391,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     });
   }
 
-  // Gate pre-activations of kRows rows and one block of units, without what is added to them: see Sums.
+  // What kRows rows multiply of one block of units; the cells add biases and an input projection from ahead.
   template <int kRows>
   [[gnu::noinline]] void tile(const Row* rows, const RowTile& tile, int64_t block, int64_t next, const Chunk& chunk,
                               T* partial) const {
@@ -425,7 +425,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     const T* sums;  // [rows, stride], or of one row [blocks, stride]
     int64_t stride;
     int64_t gate_stride;  // from a gate to the next
-    const T* input_part = nullptr;  // as sums; fused input: of cells that have it apart
+    const T* input_part;  // as sums; means something where a fused input is apart
 
     FASTRNN_INLINE Sums from(int64_t i) const {
       return {sums + i * stride, stride, gate_stride, input_part + i * stride};

@@ -165,8 +165,8 @@ FASTRNN_INLINE void multiply(T* sums, bool add, const Packed<T>& packed, const T
 
 // sums [kRows][kVectors][lanes] = over k: a[r][k] * w[k][v], or += with `add`; w packed [k][kVectors][lanes].
 // Products are small beside a bias, an input projection or an incoming gradient, and thousands of them added to it one
-// by one would each be rounded as it is. So callers begin with zero and add what they have last, and a long sum is one
-// of chunks. The sums go through memory, to a function that is nothing but the loop: within a caller g++ keeps some of
+// by one would each be rounded as it is. So callers add what they have last, and a long sum is one of chunks, each from
+// zero. The sums go through memory, to a function that is nothing but the loop: within a caller g++ keeps some of
 // them on the stack throughout.
 template <int kRows, int kVectors, class T>
 [[gnu::noinline]] void accumulate(T* sums, bool add, const Packed<T>& packed, const T* const (&a)[kRows],

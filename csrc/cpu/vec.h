@@ -32,9 +32,15 @@ inline constexpr int kAccumulators = kVectorRegisters == 32 ? 27 : kVectorRegist
 template <class T>
 FASTRNN_INLINE Vec<T> in_register(Vec<T> v) {
 #if defined(CPU_CAPABILITY_AVX512)
-  std::conditional_t<std::is_same_v<T, float>, __m512, __m512d> x = v;
-  asm("" : "+v"(x));
-  return x;
+  const auto keep = [](auto x) {
+    asm("" : "+v"(x));
+    return Vec<T>(x);
+  };
+  if constexpr (std::is_same_v<T, float>) {
+    return keep(static_cast<__m512>(v));
+  } else {
+    return keep(static_cast<__m512d>(v));
+  }
 #else
   return v;
 #endif
