@@ -49,8 +49,8 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   };
 
   struct Scratch {
-    T* packed;  // [blocks][depth()][kWidth] fused input: the rows of W_ih, then those of W_hh; or pairs of them. The last
-    // block may be narrow: [depth()][vectors_of()][lanes]
+    // Fused input: the rows of W_ih, then those of W_hh; or pairs of them. The last block has vectors_of() vectors.
+    T* packed;  // [blocks][depth()][kVectors][lanes]
     Operands operands;  // products of bfloat16 only: x and h, each of its operand_width
     T* partial;  // [members][sums_of_member()] sums of rows, each of kPartial: of a block, or of few rows those of all
     T* projection;  // [blocks of P][H][kOutputVectors][lanes]
