@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "core/activation.h"
 
@@ -49,16 +50,27 @@ struct Rows {
 
 enum class Storage { kFloat, kDouble, kHalf, kBFloat16 };
 
-// A matrix as its owner keeps it, in T or, for T = float, in 16 bits: what reads it converts it on the way.
-template <class T>
+constexpr int64_t size_of(Storage storage) {
+  return storage == Storage::kFloat ? 4 : storage == Storage::kDouble ? 8 : 2;
+}
+
+// A matrix as its owner keeps it, in T or, for T = float, in 16 bits: what reads or writes it converts it on the way.
+template <class T, class Element = const T>
 struct Stored {
-  const void* data = nullptr;
+  using Data = std::conditional_t<std::is_const_v<Element>, const void, void>;
+  using Byte = std::conditional_t<std::is_const_v<Element>, const char, char>;
+  Data* data = nullptr;
   Storage storage = sizeof(T) == sizeof(float) ? Storage::kFloat : Storage::kDouble;
 
   Stored() = default;
-  Stored(const T* p) : data(p) {}  // NOLINT(google-explicit-constructor): a pointer is such a matrix
-  Stored(const void* p, Storage type) : data(p), storage(type) {}
+  Stored(Element* p) : data(p) {}  // NOLINT(google-explicit-constructor): a pointer is such a matrix
+  Stored(Data* p, Storage type) : data(p), storage(type) {}
+
+  // From element i on.
+  FASTRNN_INLINE Stored from(int64_t i) const { return {static_cast<Byte*>(data) + i * size_of(storage), storage}; }
 };
+template <class T>
+using Written = Stored<T, T>;
 
 // How the recurrent projection of a step is computed.
 enum class Recurrent {
@@ -91,7 +103,7 @@ struct ForwardParams {
                                  // out, with save: the reserve
   int64_t gates_stride = 0;      //
   bool save = false;             //
-  T* output = nullptr;           // [rows, output_stride]
+  Written<T> output;             // [rows, output_stride]
   int64_t output_stride = 0;     //
   T* cells = nullptr;            // [rows, cells_stride] or null: c of every step
   int64_t cells_stride = 0;      //
@@ -107,11 +119,11 @@ struct BackwardParams {
   Stored<T> w_hr;                       // [P, H] or null
   const T* reserve = nullptr;           // [rows, reserve_stride]
   int64_t reserve_stride = 0;           //
-  const T* output = nullptr;            // [rows, output_stride] if part of a gradient flows to h_{t-1} directly
+  Stored<T> output;                     // [rows, output_stride] if part of a gradient flows to h_{t-1} directly
   int64_t output_stride = 0;            //
   const T* h0 = nullptr;                // [N, outputs] or null: zeros
   const T* c0 = nullptr;                // [N, H] or null: zeros
-  const T* grad_output = nullptr;       // [rows, grad_output_stride] or null
+  Stored<T> grad_output;                // [rows, grad_output_stride] or null
   int64_t grad_output_stride = 0;       //
   const T* grad_cells = nullptr;        // [rows, grad_cells_stride] or null
   int64_t grad_cells_stride = 0;        //

@@ -25,8 +25,8 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
   struct Row {
     const T* next_gates;  // [(G+S)*H] gate gradients of the step that h_t flows into, or zeros; null if rounded
     const T* saved;  // [kSaved*H]
-    const T* previous;  // [H] the element state that entered the step
-    const T* grad_output;  // [outputs] or null
+    Stored<T> previous;  // [H] the element state that entered the step
+    Stored<T> grad_output;  // [outputs] or null
     const T* grad_h_n;  // [outputs] or null
     const T* grad_c_n;  // [H] or null
     const T* grad_cells;  // [H] or null
@@ -180,11 +180,12 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
                      : enters && p_.c0 != nullptr ? p_.c0 + n * units
                                                   : s_.zeros;
       } else if constexpr (kState == ElementState::kHidden) {
-        r.previous = flows                        ? p_.output + rows_.row(before, n) * p_.output_stride
+        r.previous = flows                        ? p_.output.from(rows_.row(before, n) * p_.output_stride)
                      : enters && p_.h0 != nullptr ? p_.h0 + n * outputs
                                                   : s_.zeros;
       }
-      r.grad_output = p_.grad_output == nullptr ? nullptr : p_.grad_output + row * p_.grad_output_stride;
+      r.grad_output = {};
+      if (p_.grad_output.data != nullptr) r.grad_output = p_.grad_output.from(row * p_.grad_output_stride);
       r.grad_cells = p_.grad_cells == nullptr ? nullptr : p_.grad_cells + row * p_.grad_cells_stride;
       r.grad_h_n = last && p_.grad_h_n != nullptr ? p_.grad_h_n + n * outputs : nullptr;
       r.grad_c_n = last && p_.grad_c_n != nullptr ? p_.grad_c_n + n * units : nullptr;
@@ -298,14 +299,15 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
 
   FASTRNN_INLINE void prefetch_row(const Row& row, int64_t j) const {
     prefetch<Cell::kSaved, kVectors>(row.saved + j, shape_.units);
-    if (kState != ElementState::kNone) prefetch<1, kVectors>(row.previous + j, 0);
-    if (row.grad_output != nullptr) prefetch<1, kVectors>(row.grad_output + j, 0);
+    const auto ahead = [&](const auto* p) { prefetch<1, kVectors>(p + j, 0); };
+    if (kState != ElementState::kNone) with_stored(row.previous, ahead);
+    if (row.grad_output.data != nullptr) with_stored(row.grad_output, ahead);
   }
 
   // What reaches h_t but by the recurrent product.
   FASTRNN_INLINE V incoming(const Row& row, int64_t j, int64_t count) const {
     V x(0);
-    if (row.grad_output != nullptr) x = x + load(row.grad_output + j, count);
+    if (row.grad_output.data != nullptr) x = x + load(row.grad_output, j, count);
     if (row.grad_h_n != nullptr) x = x + load(row.grad_h_n + j, count);
     if (kState == ElementState::kHidden && row.carry_in != nullptr) x = x + load(row.carry_in + j, count);
     return x;
@@ -354,7 +356,7 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     V saved[Cell::kSaved];
 #pragma GCC unroll 32
     for (int c = 0; c < Cell::kSaved; ++c) saved[c] = load(row.saved + c * units + j, count);
-    const V previous = kState == ElementState::kNone ? V(0) : load(row.previous + j, count);
+    const V previous = kState == ElementState::kNone ? V(0) : load(row.previous, j, count);
     V carry(0);
     if constexpr (kState == ElementState::kCell) {
       if (row.carry_in != nullptr) carry = carry + load(row.carry_in + j, count);

@@ -39,8 +39,8 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     const T* product;  // [G*H] kProduct only
     T* gates;  // [G*H] the input projection; with save, the reserve; null if neither
     T* activation;  // [H] projected only: o tanh(c), before the projection
-    T* next;  // [outputs] where the next step finds h
-    T* output;  // [outputs]
+    T* next;  // [outputs] where the next step finds h, unless it has it as an operand only
+    Written<T> output;  // [outputs]
     T* cell;  // [H] kCell only: c, in place
     T* cells;  // [H] or null
     T* h_n;  // [outputs] or null: not the row's last step
@@ -113,7 +113,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   }
   // Where the next gate of a row begins in the sums of so many vectors.
   int64_t gate_stride(int64_t block, int vectors) const {
-    return vectors == kVectors ? kUnitVectors * kLanes : units_of(block);
+    return vectors == kVectors ? kUnits : units_of(block);
   }
   int64_t output_blocks() const { return blocks(shape_.outputs, kOutputs); }
 
@@ -258,7 +258,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       r.product = p_.product == nullptr || !enters ? nullptr : p_.product + n * kGates * units;
       r.activation = s_.activation + n * units;
       r.next = next + n * outputs;
-      r.output = p_.output + row * p_.output_stride;
+      r.output = p_.output.from(row * p_.output_stride);
       r.h_n = sequence.last(t, p_.reverse) ? p_.h_n + n * outputs : nullptr;
       r.operand = nullptr;
       if (scan_.plan.bf16 && s + 1 < rows_.steps && i < rows_.active[after]) {
@@ -353,15 +353,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     } else {
       multiply(width, x, w, sums);
     }
-    cells<true>(rows, count, {sums, kPartial, kUnitVectors * kLanes, sums + kWidth}, block * kUnits);
-    if (!shape_.projected) leave_operands(rows, count, block * kUnits, std::min((block + 1) * kUnits, shape_.units));
-  }
-
-  // Columns [begin, end) of h, for the products of the next step.
-  void leave_operands(const Row* rows, int64_t count, int64_t begin, int64_t end) const {
-    for (const Row* row = rows; row < rows + count; ++row) {
-      if (row->operand != nullptr) leave_operand(row->operand + begin, row->next + begin, end - begin, row->cut);
-    }
+    cells<true>(rows, count, {sums, kPartial, kUnits, sums + kWidth}, block * kUnits);
   }
 
   // The cell on products that the caller has computed.
@@ -376,7 +368,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
         (none ? V(0) : load(row->product + v / kUnitVectors * units + j, left)).store(to);
       }
     }
-    cells<false>(rows, count, {sums, kWidth, kUnitVectors * kLanes, sums}, begin);
+    cells<false>(rows, count, {sums, kWidth, kUnits, sums}, begin);
   }
 
   // The sums of a block of units and the cells on them, tile by tile of rows.
@@ -532,10 +524,14 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     }
   }
 
+  // h for the caller and the next step.
   FASTRNN_INLINE void leave(const Row& row, int64_t j, V h, int64_t count) const {
-    store(row.next + j, h, count);
-    store(row.output + j, h, count);
+    if (kState == ElementState::kHidden || !scan_.plan.bf16) store(row.next + j, h, count);
+    store(row.output, j, h, count);
     if (row.h_n != nullptr) store(row.h_n + j, h, count);
+    if constexpr (kHasPairs) {
+      if (row.operand != nullptr) store(row.operand + j, row.cut ? V(0) : h, count);
+    }
   }
 
   // A few rows and one block with the weights as they lie: nothing is packed for a single step.
@@ -581,10 +577,6 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
                                   [&]<int kRows>(RowTile i) { natural_projection<kRows>(rows + i.first, block); });
       } else {
         for_row_tiles<kOutputRows>(count, [&]<int kRows>(RowTile i) { project<kRows>(rows, i, block, next); });
-        if constexpr (kHasPairs) {
-          const int64_t begin = block * kOutputs;
-          if (scan_.plan.bf16) leave_operands(rows, count, begin, std::min(begin + kOutputs, shape_.outputs));
-        }
       }
     });
   }

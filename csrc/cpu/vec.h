@@ -68,13 +68,16 @@ FASTRNN_INLINE Vec<float> load(const at::BFloat16* p, int64_t count) { return lo
 FASTRNN_INLINE Vec<float> load(const at::Half* p, int64_t count) { return load_wide(p, count); }
 
 // f(the matrix in its own type)
-template <class T, class F>
-FASTRNN_INLINE void with_stored(const Stored<T>& matrix, const F& f) {
+template <class T, class Element, class F>
+FASTRNN_INLINE auto with_stored(const Stored<T, Element>& matrix, const F& f) {
+  const auto as = [&]<class U>(U) {
+    return static_cast<std::conditional_t<std::is_const_v<Element>, const U, U>*>(matrix.data);
+  };
   if constexpr (sizeof(T) == sizeof(float)) {
-    if (matrix.storage == Storage::kBFloat16) return f(static_cast<const at::BFloat16*>(matrix.data));
-    if (matrix.storage == Storage::kHalf) return f(static_cast<const at::Half*>(matrix.data));
+    if (matrix.storage == Storage::kBFloat16) return f(as(at::BFloat16()));
+    if (matrix.storage == Storage::kHalf) return f(as(at::Half()));
   }
-  f(static_cast<const T*>(matrix.data));
+  return f(as(T()));
 }
 
 template <class T>
@@ -87,8 +90,21 @@ FASTRNN_INLINE void store(T* p, Vec<T> v, int64_t count) {
 }
 
 // Rounded to nearest.
-FASTRNN_INLINE void store(at::BFloat16* p, Vec<float> v, int64_t count) {
-  at::vec::convert_from_float<at::BFloat16>(v, v).store(p, static_cast<int>(std::min<int64_t>(count, v.size())));
+template <class U>
+FASTRNN_INLINE void store_narrow(U* p, Vec<float> v, int64_t count) {
+  at::vec::convert_from_float<U>(v, v).store(p, static_cast<int>(std::min<int64_t>(count, v.size())));
+}
+FASTRNN_INLINE void store(at::BFloat16* p, Vec<float> v, int64_t count) { store_narrow(p, v, count); }
+FASTRNN_INLINE void store(at::Half* p, Vec<float> v, int64_t count) { store_narrow(p, v, count); }
+
+// Elements from j on.
+template <class T>
+FASTRNN_INLINE Vec<T> load(const Stored<T>& row, int64_t j, int64_t count) {
+  return with_stored(row, [&](const auto* p) { return load(p + j, count); });
+}
+template <class T>
+FASTRNN_INLINE void store(const Written<T>& row, int64_t j, Vec<T> v, int64_t count) {
+  with_stored(row, [&](auto* p) { store(p + j, v, count); });
 }
 
 // K vectors that take turns, operation by operation. A cell is a chain of operations that each wait for the one before,

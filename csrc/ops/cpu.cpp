@@ -46,6 +46,10 @@ template <class T>
 auto direction(T* p, int d, int64_t stride) {
   return p == nullptr ? nullptr : p + d * stride;
 }
+template <class T>
+Stored<T> direction(const Stored<T>& of, int d, int64_t stride) {
+  return of.data == nullptr ? of : of.from(d * stride);
+}
 
 // Large buffers are fresh memory at every call, and the first touch of a page costs more than writing it: 33 against 17 ms
 // for 67 MB, with 4 KiB and 2 MiB a page. A hint that any system may ignore.
@@ -110,7 +114,8 @@ void clear_padding(const RowTable& table, const Tensor& data) {
   }
 }
 
-// Computes in T. The weights stay as they are stored: the scan converts them as it packs or multiplies them.
+// Computes in T. Weights and output stay in the type of the layer: the scan converts them as it packs, multiplies or
+// writes them.
 template <class T>
 Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList stored_hx, const Tensors& weights,
                 const RowTable& table, bool need_steps, bool need_reserve) {
@@ -122,7 +127,7 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList 
   const Scan scan = make_scan(kind, l, z, table, storage_of(input), false);
   const bool projects = scan.plan.fused_input;
   const int64_t directions = l.directions, total = table.total();
-  LayerResult result(kind, z, input.sizes(), options, need_steps);
+  LayerResult result(kind, z, input.sizes(), input.options(), scalar_type<T>, need_steps);
 
   // The input projection's buffer is the reserve: its first G columns, in units of H, turn into the activated gates.
   // Where the scan multiplies the input itself, and nothing is saved, there is no buffer.
@@ -150,7 +155,7 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList 
     if (gates.defined()) p.gates = gates.mutable_data_ptr<T>() + d * total * columns;
     p.gates_stride = columns;
     p.save = need_reserve;
-    p.output = result.output.mutable_data_ptr<T>() + d * z.outputs;
+    p.output = Written<T>(result.output.mutable_data_ptr(), storage_of(result.output)).from(d * z.outputs);
     p.output_stride = directions * z.outputs;
     p.h_n = result.h_n.mutable_data_ptr<T>() + d * z.batch * z.outputs;
     if (result.c_n.defined()) p.c_n = result.c_n.mutable_data_ptr<T>() + d * z.batch * z.units;
@@ -239,9 +244,11 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
     if (a.wants_input()) factors[l.w_ih(d)] = weights[l.w_ih(d)].to(product);
     if (a.wants_state(0)) factors[l.w_hh(d)] = weights[l.w_hh(d)].to(product);
   }
-  for (size_t i = 0; i < grad_outputs.size(); ++i) a.grads.push_back(as<T>(or_undefined(grad_outputs.get(i))));
+  for (size_t i = 0; i < grad_outputs.size(); ++i) {
+    const Tensor grad = or_undefined(grad_outputs.get(i));
+    a.grads.push_back(i > 0 ? as<T>(grad) : grad.defined() ? grad.contiguous() : grad);  // the scan reads the first as it is
+  }
   const Tensor reserve = as<T>(stored_reserve);
-  const Tensor states = cell.carries_h ? as<T>(output) : Tensor();  // h before each step, where the cell's own needs it
   const Tensor h0 = cell.carries_h && !hx.empty() ? as<T>(hx[0]) : Tensor();
   const Tensor c0 = hx.size() > 1 ? as<T>(hx[1]) : Tensor();
   const Tensors& grads = a.grads;
@@ -287,11 +294,11 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
     if (l.projected) p.w_hr = stored<T>(weights[l.w_hr(d)]);
     p.reserve = direction(data<T>(reserve), d, total * reserve_columns);
     p.reserve_stride = reserve_columns;
-    p.output = direction(data<T>(states), d, z.outputs);
+    if (cell.carries_h) p.output = direction(stored<T>(output), d, z.outputs);  // h before each step
     p.output_stride = directions * z.outputs;
     p.h0 = direction(data<T>(h0), d, z.batch * z.outputs);
     p.c0 = direction(data<T>(c0), d, z.batch * z.units);
-    p.grad_output = direction(data<T>(grads[0]), d, z.outputs);
+    p.grad_output = direction(stored<T>(grads[0]), d, z.outputs);
     p.grad_output_stride = directions * z.outputs;
     p.grad_h_n = direction(data<T>(grads[1]), d, z.batch * z.outputs);
     if (has_cell) p.grad_c_n = direction(data<T>(grads[2]), d, z.batch * z.units);

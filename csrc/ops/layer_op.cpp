@@ -101,13 +101,14 @@ Storage storage_of(const Tensor& t) {
 }
 
 LayerResult::LayerResult(CellKind kind, const Sizes& z, at::IntArrayRef input, const at::TensorOptions& options,
-                         bool need_steps)
+                         at::ScalarType states, bool need_steps)
     : rows(input.begin(), input.end() - 1) {
+  const at::TensorOptions of_states = options.dtype(states);
   output = allocate(rows, z.directions * z.outputs, options);
-  h_n = at::empty({z.directions, z.batch, z.outputs}, options);
+  h_n = at::empty({z.directions, z.batch, z.outputs}, of_states);
   if (traits(kind).states == 1) return;
-  c_n = at::empty({z.directions, z.batch, z.units}, options);
-  if (need_steps) cells = allocate(rows, z.directions * z.units, options);
+  c_n = at::empty({z.directions, z.batch, z.units}, of_states);
+  if (need_steps) cells = allocate(rows, z.directions * z.units, of_states);
 }
 
 Tensor LayerResult::allocate_gates(const Sizes& z, int64_t columns, at::TensorOptions options) const {

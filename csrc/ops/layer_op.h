@@ -42,8 +42,9 @@ struct LayerResult {
   Tensor c_n;                 // [D, N, H], if the cell has it
   Tensor cells;               // [rows, D*H], if asked for
 
-  // `input`: its sizes.
-  LayerResult(CellKind kind, const Sizes& z, at::IntArrayRef input, const at::TensorOptions& options, bool need_steps);
+  // `input`: its sizes. `states`: the type of all but the output.
+  LayerResult(CellKind kind, const Sizes& z, at::IntArrayRef input, const at::TensorOptions& options,
+              at::ScalarType states, bool need_steps);
   // The projections of the input, which turn into the reserve: [D, rows, columns].
   Tensor allocate_gates(const Sizes& z, int64_t columns, at::TensorOptions options) const;
   Tensors with_reserve(const Tensor& reserve) const;

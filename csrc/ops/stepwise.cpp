@@ -155,7 +155,7 @@ Tensors stepwise_layer(CellKind kind, const Gpu& gpu, const Tensor& input, Tenso
   const auto options = input.options(), sums = options.dtype(accumulate_type(input));
   const int64_t gate_width = cell.gates * z.units;
 
-  LayerResult result(kind, z, input.sizes(), input.options(), need_steps);
+  LayerResult result(kind, z, input.sizes(), options, input.scalar_type(), need_steps);
   const int64_t columns = z.units * (need_reserve ? l.reserve_columns_in_units(kind) : cell.gates);
   const Tensor gates = result.allocate_gates(z, columns, sums);
   const Tensor x = input.reshape({steps.total(), z.inputs});
