@@ -58,8 +58,8 @@ Tensor with_huge_pages(Tensor buffer) {
   constexpr uintptr_t kPage = uintptr_t{2} << 20;
   const auto begin = reinterpret_cast<uintptr_t>(buffer.mutable_data_ptr());
   const uintptr_t first = (begin + kPage - 1) / kPage * kPage, end = (begin + buffer.nbytes()) / kPage * kPage;
-  constexpr uintptr_t kWorthIt = 16 * kPage;  // beyond malloc's largest threshold, so that it is mapped for itself
-  if (end > first && end - first >= kWorthIt) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+  constexpr size_t kWorthIt = 16 * kPage;  // malloc's largest threshold, so that it is mapped for itself
+  if (buffer.nbytes() >= kWorthIt) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #endif
   return buffer;
 }
