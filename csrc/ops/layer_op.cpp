@@ -7,6 +7,8 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
+
 namespace fastrnn {
 namespace {
 
@@ -36,17 +38,19 @@ class Reduction {
       Tensor slice = whole.narrow(0, at, part.size(1));
       bool begun = false;
       for (const Term& term : terms) {
-        const int64_t rows = term.x.size(0);
-        if (rows == 0) continue;
-        const Tensor factor = part.narrow(0, term.first, rows).t();
-        if (begun) {
-          slice.addmm_(factor, term.x);
-        } else if (rows == 1) {
-          at::mul_out(slice, factor, term.x);  // written once; a product of one k would be prepared as one of many
-        } else {
-          at::mm_out(slice, factor, term.x);
+        const int64_t all_rows = term.x.size(0), sums = sums_of(term.x);
+        for (int64_t i = 0; i < sums && all_rows > 0; ++i) {
+          const int64_t first = all_rows * i / sums, rows = all_rows * (i + 1) / sums - first;
+          const Tensor factor = part.narrow(0, term.first + first, rows).t(), x = term.x.narrow(0, first, rows);
+          if (begun) {
+            slice.addmm_(factor, x);
+          } else if (rows == 1) {
+            at::mul_out(slice, factor, x);  // written once; a product of one k would be prepared as one of many
+          } else {
+            at::mm_out(slice, factor, x);
+          }
+          begun = true;
         }
-        begun = true;
       }
       if (!begun) slice.zero_();
       at += part.size(1);
@@ -66,6 +70,11 @@ class Reduction {
   }
 
  private:
+  // A GEMM of cuBLAS adds row after row to one float32, and errs by more the more there are; torch's LSTM adds up by steps.
+  static int64_t sums_of(const Tensor& x) {
+    constexpr int64_t kRows = 256, kMost = 8;  // of one sum at least; sums
+    return x.is_cuda() && x.scalar_type() == at::kFloat ? std::clamp<int64_t>(x.size(0) / kRows, 1, kMost) : 1;
+  }
   Tensor grouped(const Tensor& t) const {
     const int64_t rows = z_.batch / groups_;
     if (batch_first_) return t.reshape({groups_, rows * z_.steps, t.size(1)});
