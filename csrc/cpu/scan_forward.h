@@ -309,20 +309,12 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   template <bool kFused>
   void few_rows(int64_t s, const Row* rows, int64_t count) const {
     const Range range = place_.blocks(unit_blocks());
-    const int64_t of_block = count * kPartial, inputs = kFused ? shape_.inputs : 0, all_k = depth(scan_);
+    const int64_t of_block = count * kPartial;
     T* const all = sums_of_member();
     const auto sums_at = [&](int64_t block) { return all + (block - range.begin) * of_block; };
     with_number<kFewRows>(static_cast<int>(count), [&]<int kRows>() {
-      const T *x[kRows], *h[kRows];
-      for (int r = 0; r < kRows; ++r) x[r] = rows[r].input, h[r] = rows[r].h;
       zigzag(range, s, [&](int64_t block, int64_t next) {
-        const int vectors = vectors_of(block);
-        const Packed<T> w = packed_block<kVectors>(s_.packed, all_k, block, vectors, next, RowTile{0, 0, 1},
-                                                   Chunk{0, all_k});
-        T* const sums = sums_at(block);
-        T* const input_part = kInputApart ? sums + kRows * vectors * kLanes : sums;
-        if constexpr (kFused) accumulate<kRows, kVectors>(vectors, input_part, false, w, x, inputs);
-        accumulate<kRows, kVectors>(vectors, sums, kFused && !kInputApart, w.from(inputs, vectors), h, shape_.outputs);
+        this->template tile<kRows>(rows, RowTile{0, 0, 1}, block, next, Chunk{0, depth(scan_)}, sums_at(block));
       });
     });
     const int64_t whole = std::min(range.end, shape_.units / kUnits);  // blocks before it are
