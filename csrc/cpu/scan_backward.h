@@ -21,12 +21,15 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
   static constexpr ElementState kState = Cell::kState;
   static constexpr bool kHasPairs = std::is_same_v<T, float>;
 
+  // The element state of every step: in the reserve, or the output itself.
+  using State = std::conditional_t<kState == ElementState::kHidden, Stored<T>, const T*>;
+
   // Where one row of the batch finds and leaves things in one step.
   struct Row {
     const T* next_gates;  // [(G+S)*H] gate gradients of the step that h_t flows into, or zeros; null if rounded
     const T* saved;  // [kSaved*H]
-    Stored<T> previous;  // [H] the element state that entered the step
-    Stored<T> grad_output;  // [outputs] or null
+    State previous;  // [H] the element state that entered the step
+    Stored<T> grad_output;  // [outputs]
     const T* grad_h_n;  // [outputs] or null
     const T* grad_c_n;  // [H] or null
     const T* grad_cells;  // [H] or null
@@ -184,8 +187,7 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
                      : enters && p_.h0 != nullptr ? p_.h0 + n * outputs
                                                   : s_.zeros;
       }
-      r.grad_output = {};
-      if (p_.grad_output.data != nullptr) r.grad_output = p_.grad_output.from(row * p_.grad_output_stride);
+      r.grad_output = p_.grad_output.data == nullptr ? s_.zeros : p_.grad_output.from(row * p_.grad_output_stride);
       r.grad_cells = p_.grad_cells == nullptr ? nullptr : p_.grad_cells + row * p_.grad_cells_stride;
       r.grad_h_n = last && p_.grad_h_n != nullptr ? p_.grad_h_n + n * outputs : nullptr;
       r.grad_c_n = last && p_.grad_c_n != nullptr ? p_.grad_c_n + n * units : nullptr;
@@ -299,15 +301,16 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
 
   FASTRNN_INLINE void prefetch_row(const Row& row, int64_t j) const {
     prefetch<Cell::kSaved, kVectors>(row.saved + j, shape_.units);
-    const auto ahead = [&](const auto* p) { prefetch<1, kVectors>(p + j, 0); };
-    if (kState != ElementState::kNone) with_stored(row.previous, ahead);
-    if (row.grad_output.data != nullptr) with_stored(row.grad_output, ahead);
+    const auto ahead = [&](const Stored<T>& of) {
+      with_stored(of, [&](const auto* p) { prefetch<1, kVectors>(p + j, 0); });
+    };
+    if (kState != ElementState::kNone) ahead(row.previous);
+    ahead(row.grad_output);
   }
 
   // What reaches h_t but by the recurrent product.
   FASTRNN_INLINE V incoming(const Row& row, int64_t j, int64_t count) const {
-    V x(0);
-    if (row.grad_output.data != nullptr) x = x + load(row.grad_output, j, count);
+    V x = load(row.grad_output, j, count);
     if (row.grad_h_n != nullptr) x = x + load(row.grad_h_n + j, count);
     if (kState == ElementState::kHidden && row.carry_in != nullptr) x = x + load(row.carry_in + j, count);
     return x;

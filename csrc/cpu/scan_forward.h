@@ -112,9 +112,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     return scan_.plan.bf16 ? kVectors : static_cast<int>(blocks(kGates * units_of(block), kLanes));
   }
   // Where the next gate of a row begins in the sums of so many vectors.
-  int64_t gate_stride(int64_t block, int vectors) const {
-    return vectors == kVectors ? kUnits : units_of(block);
-  }
+  int64_t gate_stride(int64_t block, int vectors) const { return vectors == kVectors ? kUnits : units_of(block); }
   int64_t output_blocks() const { return blocks(shape_.outputs, kOutputs); }
 
   void visit_steps() const {
@@ -518,12 +516,16 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
 
   // h for the caller and the next step.
   FASTRNN_INLINE void leave(const Row& row, int64_t j, V h, int64_t count) const {
-    if (kState == ElementState::kHidden || !scan_.plan.bf16) store(row.next + j, h, count);
+    if (kHasPairs && scan_.plan.bf16) {
+      if constexpr (kHasPairs) {
+        if (row.operand != nullptr) store(row.operand + j, row.cut ? V(0) : h, count);
+      }
+      if (kState == ElementState::kHidden) store(row.next + j, h, count);
+    } else {
+      store(row.next + j, h, count);
+    }
     store(row.output, j, h, count);
     if (row.h_n != nullptr) store(row.h_n + j, h, count);
-    if constexpr (kHasPairs) {
-      if (row.operand != nullptr) store(row.operand + j, row.cut ? V(0) : h, count);
-    }
   }
 
   // A few rows and one block with the weights as they lie: nothing is packed for a single step.

@@ -74,8 +74,9 @@ FASTRNN_INLINE auto with_stored(const Stored<T, Element>& matrix, const F& f) {
     return static_cast<std::conditional_t<std::is_const_v<Element>, const U, U>*>(matrix.data);
   };
   if constexpr (sizeof(T) == sizeof(float)) {
-    if (matrix.storage == Storage::kBFloat16) return f(as(at::BFloat16()));
-    if (matrix.storage == Storage::kHalf) return f(as(at::Half()));
+    if (matrix.storage != Storage::kFloat) {
+      return matrix.storage == Storage::kHalf ? f(as(at::Half())) : f(as(at::BFloat16()));
+    }
   }
   return f(as(T()));
 }
@@ -98,6 +99,10 @@ FASTRNN_INLINE void store(at::BFloat16* p, Vec<float> v, int64_t count) { store_
 FASTRNN_INLINE void store(at::Half* p, Vec<float> v, int64_t count) { store_narrow(p, v, count); }
 
 // Elements from j on.
+template <class T>
+FASTRNN_INLINE Vec<T> load(const T* row, int64_t j, int64_t count) {
+  return load(row + j, count);
+}
 template <class T>
 FASTRNN_INLINE Vec<T> load(const Stored<T>& row, int64_t j, int64_t count) {
   return with_stored(row, [&](const auto* p) { return load(p + j, count); });
