@@ -46,8 +46,6 @@ class Reduction {
             slice.addmm_(factor, x);
           } else if (rows == 1) {
             at::mul_out(slice, factor, x);  // written once; a product of one k would be prepared as one of many
-          } else if (transposed_slowly(factor) && x.size(1) < factor.size(0)) {
-            slice.copy_(at::mm(x.t().contiguous(), factor.t()).t());
           } else {
             at::mm_out(slice, factor, x);
           }
@@ -76,12 +74,6 @@ class Reduction {
   static int64_t sums_of(const Tensor& x) {
     constexpr int64_t kRows = 256, kMost = 8;  // of one sum at least; sums
     return x.is_cuda() && x.scalar_type() == at::kFloat ? std::clamp<int64_t>(x.size(0) / kRows, 1, kMost) : 1;
-  }
-  // oneDNN turns a transposed factor of bfloat16 round at 2 GB/s: half of the time of a product with many rows.
-  static bool transposed_slowly(const Tensor& factor) {
-    constexpr int64_t kWide = 2048, kMany = 1 << 23;  // rows; elements
-    return factor.is_cpu() && factor.scalar_type() == at::kBFloat16 && factor.size(0) >= kWide &&
-           factor.numel() >= kMany;
   }
   Tensor grouped(const Tensor& t) const {
     const int64_t rows = z_.batch / groups_;
