@@ -297,7 +297,12 @@ def test_side_stream(cuda):
 
 
 @pytest.mark.cuda
-@parametrize(small(steps=40, batch=19, inputs=3, hidden=1024) + small(steps=70, batch=256, inputs=17, hidden=768))
+@parametrize(
+    [
+        Case("gru", steps=40, batch=19, inputs=3, hidden=1024),
+        Case("lstm", steps=70, batch=256, inputs=17, hidden=768),
+    ]
+)
 def test_weight_gradients_over_many_rows(case, cuda):
     """Sums over 760 and 17,920 rows, which one float32 each would round too often."""
     with torch.backends.cudnn.flags(allow_tf32=False):

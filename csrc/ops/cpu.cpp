@@ -246,9 +246,8 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   }
   for (size_t i = 0; i < grad_outputs.size(); ++i) {
     const Tensor grad = or_undefined(grad_outputs.get(i));
-    a.grads.push_back(i > 0            ? as<T>(grad)
-                      : grad.defined() ? grad.contiguous()
-                                       : grad);  // the scan reads the first as it is
+    const bool as_stored = i == 0 && grad.defined();  // the output's, which the scan converts
+    a.grads.push_back(as_stored ? grad.contiguous() : as<T>(grad));
   }
   const Tensor reserve = as<T>(stored_reserve);
   const Tensor h0 = cell.carries_h && !hx.empty() ? as<T>(hx[0]) : Tensor();

@@ -75,7 +75,7 @@ struct BackwardArguments {
   CellKind kind;
   const Layout& layout;
   const Sizes& sizes;
-  Tensors grads;  // of output, h_n, c_n, c of every step; undefined or contiguous
+  Tensors grads;  // of output (in any type), h_n, c_n, c of every step; undefined or contiguous
   Tensor input;  // [rows, I] without anything in rows that are not valid
   const Tensors& hx;
   const Tensors& weights;
