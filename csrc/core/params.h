@@ -50,8 +50,9 @@ struct Rows {
 
 enum class Storage { kFloat, kDouble, kHalf, kBFloat16 };
 
-constexpr int64_t size_of(Storage storage) {
-  return storage == Storage::kFloat ? 4 : storage == Storage::kDouble ? 8 : 2;
+// Of an element.
+constexpr FASTRNN_INLINE int bytes_of(Storage storage) {
+  return storage == Storage::kDouble ? 8 : storage == Storage::kFloat ? 4 : 2;
 }
 
 // A matrix as its owner keeps it, in T or, for T = float, in 16 bits: what reads or writes it converts it on the way.
@@ -67,7 +68,7 @@ struct Stored {
   Stored(Data* p, Storage type) : data(p), storage(type) {}
 
   // From element i on.
-  FASTRNN_INLINE Stored from(int64_t i) const { return {static_cast<Byte*>(data) + i * size_of(storage), storage}; }
+  FASTRNN_INLINE Stored from(int64_t i) const { return {static_cast<Byte*>(data) + i * bytes_of(storage), storage}; }
 };
 template <class T>
 using Written = Stored<T, T>;

@@ -12,11 +12,10 @@ CpuMachine cpu_machine(int threads) {
 }
 
 void describe(CellKind kind, Storage storage, CpuProblem& problem) {
-  const bool is_16_bit = storage == Storage::kHalf || storage == Storage::kBFloat16;
   problem.gates = traits(kind).gates;
   problem.separate = traits(kind).separate;
   problem.element_size = storage == Storage::kDouble ? 8 : 4;  // 16 bits are computed in float32
-  problem.weight_size = is_16_bit ? 2 : problem.element_size;
+  problem.weight_size = bytes_of(storage);
   const auto by_leave = [] {
     return at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::RNN) ==
            at::Float32Precision::BF16;

@@ -24,12 +24,13 @@ class Reduction {
   };
   // The sum over the terms of grad^T x: parts of [rows, A] in all and [rows, B] -> [A, B] or [groups, A, B], the latter
   // of one term of all rows.
-  Tensor outer(const std::vector<Tensor>& parts, const std::vector<Term>& terms) const {
+  Tensor outer(const std::vector<Tensor>& parts, std::vector<Term> terms) const {
     if (groups_ > 0) {
       Tensors products;
       for (const Tensor& part : parts) products.push_back(outer(part, terms.at(0).x));
       return products.size() == 1 ? products[0] : at::cat(products, 1);
     }
+    if (terms.at(0).x.is_cuda()) terms = in_short_sums(terms);
     // in place: for one step a copy or a sum of such matrices costs as much as the product
     int64_t width = 0, at = 0;
     for (const Tensor& part : parts) width += part.size(1);
@@ -38,19 +39,17 @@ class Reduction {
       Tensor slice = whole.narrow(0, at, part.size(1));
       bool begun = false;
       for (const Term& term : terms) {
-        const int64_t all_rows = term.x.size(0), sums = sums_of(term.x);
-        for (int64_t i = 0; i < sums && all_rows > 0; ++i) {
-          const int64_t first = all_rows * i / sums, rows = all_rows * (i + 1) / sums - first;
-          const Tensor factor = part.narrow(0, term.first + first, rows).t(), x = term.x.narrow(0, first, rows);
-          if (begun) {
-            slice.addmm_(factor, x);
-          } else if (rows == 1) {
-            at::mul_out(slice, factor, x);  // written once; a product of one k would be prepared as one of many
-          } else {
-            at::mm_out(slice, factor, x);
-          }
-          begun = true;
+        const int64_t rows = term.x.size(0);
+        if (rows == 0) continue;
+        const Tensor factor = part.narrow(0, term.first, rows).t();
+        if (begun) {
+          slice.addmm_(factor, term.x);
+        } else if (rows == 1) {
+          at::mul_out(slice, factor, term.x);  // written once; a product of one k would be prepared as one of many
+        } else {
+          at::mm_out(slice, factor, term.x);
         }
+        begun = true;
       }
       if (!begun) slice.zero_();
       at += part.size(1);
@@ -71,9 +70,18 @@ class Reduction {
 
  private:
   // A GEMM of cuBLAS adds row after row to one float32, and errs by more the more there are; torch's LSTM adds up by steps.
-  static int64_t sums_of(const Tensor& x) {
-    constexpr int64_t kRows = 256, kMost = 8;  // of one sum at least; sums
-    return x.is_cuda() && x.scalar_type() == at::kFloat ? std::clamp<int64_t>(x.size(0) / kRows, 1, kMost) : 1;
+  static std::vector<Term> in_short_sums(const std::vector<Term>& terms) {
+    constexpr int64_t kRows = 256, kMost = 8;  // of one sum at least; sums of a term
+    std::vector<Term> all;
+    for (const Term& term : terms) {
+      const int64_t rows = term.x.size(0);
+      const int64_t sums = term.x.scalar_type() == at::kFloat ? std::clamp<int64_t>(rows / kRows, 1, kMost) : 1;
+      for (int64_t i = 0; i < sums; ++i) {
+        const int64_t begin = rows * i / sums, end = rows * (i + 1) / sums;
+        all.push_back({term.first + begin, term.x.narrow(0, begin, end - begin)});
+      }
+    }
+    return all;
   }
   Tensor grouped(const Tensor& t) const {
     const int64_t rows = z_.batch / groups_;

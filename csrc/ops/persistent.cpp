@@ -22,8 +22,6 @@ std::string wish() {
   return variable == nullptr ? kDefaultWish : variable;
 }
 
-int bytes_of(Storage storage) { return storage == Storage::kDouble ? 8 : storage == Storage::kFloat ? 4 : 2; }
-
 // Kernels count rows and steps in 32 bits.
 bool rows_fit(const StepTable& table) {
   constexpr int64_t kMost = std::numeric_limits<int>::max();
