@@ -235,6 +235,5 @@ def markdown(rows: Iterable[dict[str, Any]]) -> list[str]:
 def _words(choice: dict[str, Any]) -> str:
     if choice["tier"] == "stepwise":
         return "stepwise"
-    barrier = " barrier" if choice["exchange"] == "cluster barrier" else ""
     where = "G" if choice["tier"] == "grid" else "C"
-    return f"{where}{choice['cluster']} N{choice['rows']} R{choice['row_tiles']}{barrier}"
+    return f"{where}{choice['cluster']} N{choice['rows']} R{choice['row_tiles']}"

@@ -11,7 +11,7 @@ from cuda_programs import ROOT, SIM, Case, from_bf16, to_bf16
 from fastrnn import reference
 
 SAVED = {"lstm": 5, "gru": 4}
-BLOCK, ASYNC, CLUSTER_BARRIER, GLOBAL = range(4)  # as Exchange
+BLOCK, ASYNC, GLOBAL = range(3)  # as Exchange
 
 
 def layer_case(
@@ -42,8 +42,9 @@ def layer_case(
         "grad_gates": nothing(directions, rows, gates),
         "grad_first": np.zeros((directions, batch, gates), np.uint16),
         "previous": nothing(directions, rows, units),
-        "reset": random.random((steps, batch)) < (0.4 if resets else 0.0),
     }
+    if resets:
+        arrays["reset"] = random.random((steps, batch)) < 0.4
     if cell == "lstm":
         arrays["c0"], arrays["c_n"] = normal(directions, batch, units), nothing(directions, batch, units)
     else:
@@ -69,6 +70,7 @@ def expected(case):
         return torch.from_numpy(from_bf16(a[name])).double()
 
     lengths = a.get("lengths", np.full(batch, steps))
+    resets = a.get("reset", np.zeros((steps, batch), np.bool_))
     exists = torch.ones(steps, batch, dtype=torch.bool)  # every (t, n) but what a packed batch has not
     if "offset" in a:
         exists = torch.arange(steps).unsqueeze(1) < torch.from_numpy(lengths)
@@ -92,7 +94,7 @@ def expected(case):
             length = int(lengths[n])
             states, loss, visited = tuple(numbers(name)[d, n] for name in ("h0", "c0")[: spec.states]), 0.0, []
             for t in range(length) if d == 0 else range(length - 1, -1, -1):
-                if a["reset"][t, n] if d == 0 else t + 1 < length and a["reset"][t + 1, n]:
+                if resets[t, n] if d == 0 else t + 1 < length and resets[t + 1, n]:
                     states = tuple(torch.zeros_like(state) for state in states)
                 x = inputs[t, n].clone().requires_grad_()
                 rounded = states[0] + (states[0].bfloat16().double() - states[0]).detach()
@@ -127,7 +129,7 @@ LAYERS = [
     layer_case("lstm"),
     layer_case("gru", directions=2, lengths=[5, 0, 3], resets=True),
     layer_case("lstm", cluster=1, exchange=BLOCK, directions=2),
-    layer_case("gru", steps=3, cluster=2, exchange=CLUSTER_BARRIER),
+    layer_case("gru", steps=3, cluster=2),
     layer_case("lstm", steps=3, batch=9, units=30, cluster=4, lengths=[3, 1, 2, 3, 0, 3, 2, 1, 3]),
     layer_case("lstm", units=64),  # backward, a warp of each block has nothing for its own
     layer_case("lstm", cluster=4, directions=2),  # a block without units
@@ -139,16 +141,15 @@ LAYERS = [
 # A line of a kernel, what takes its place, and a case in which that shows. (That the backward scan's operand is there
 # twice shows in no schedule of the emulator's: products read ahead, and a warp would have to fall behind by a step.)
 FAULTS = {
-    "no wait forward": ("persistent_forward.cuh", "turn.wait(s + 1);", "", 0),
+    "no wait forward": ("persistent_forward.cuh", "turn.wait(s + 1);", ";", 0),
     "no wait backward": ("persistent_backward.cuh", "turn.wait(s + 1);", "", 0),
-    "one buffer of h": ("persistent_forward.cuh", "T* const next = h + (s + 1) % 2 *", "T* const next = h + s % 2 *", 0),  # noqa: E501
-    "one inbox": ("persistent_backward.cuh", "float* const place = inbox + (s + 1) % 2 *", "float* const place = inbox + s % 2 *", 0),  # noqa: E501
+    "one buffer of h": ("persistent_forward.cuh", "(s + 1) % 2 * of_h", "s % 2 * of_h", 0),
+    "one inbox": ("persistent_backward.cuh", "next = (s + 1) % 2 - 1;", "next = s % 2 - 1;", 0),
     "a block without units sends": ("persistent_backward.cuh", "warp < plan.warps && rank < owners;", "warp < plan.warps;", 6),  # noqa: E501
     "a packed row has no end": ("cells_forward.cuh", "if (length_[r] < 0 || (time_.packed() && !valid)) continue;", "if (length_[r] < 0) continue;", 7),  # noqa: E501
     "no block barrier": ("persistent_backward.cuh", "gpu::syncthreads();", "", 0),
     "blocks do not begin together": ("persistent.cuh", "gpu::cluster_sync();", "gpu::syncthreads();", 0),
-    "no barrier of one block": ("persistent.cuh", "void wait(int s) const {\n    if (exchange_ == Exchange::kBlock) {\n      gpu::syncthreads();", "void wait(int s) const {\n    if (exchange_ == Exchange::kBlock) {", 2),  # noqa: E501
-    "no cluster barrier": ("persistent.cuh", "    } else {\n      gpu::cluster_wait();", "    } else {", 3),
+    "no barrier of one block": ("persistent.cuh", "void wait(int s) const {\n    if (!async_) {\n      gpu::syncthreads();", "void wait(int s) const {\n    if (!async_) {", 2),  # noqa: E501
     "wrong parity": ("persistent.cuh", "(s - 1) / 2 % 2", "s / 2 % 2", 0),
     "words are not waited for": ("grid.cuh", "if (!nothing(v)) return;", "return;", 8),
     "sums of some warps": ("grid_forward.cuh", "gpu::syncthreads();\n      if (has_cell) {", "if (has_cell) {", 8),

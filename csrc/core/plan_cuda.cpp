@@ -19,7 +19,6 @@ constexpr double kMatrixClocks = 6.5;  // of one mma.m16n8k16 on one of four ten
 constexpr double kSpecialPerClock = 16;  // exp2 and reciprocal
 constexpr double kRemoteBytesPerClock = 20;  // arriving from other blocks of a cluster
 constexpr double kRemoteLatency = 200;  // of a store to another block, clocks
-constexpr double kClusterBarrier = 740;  // a releasing arrival waits for all earlier stores, through L2
 constexpr double kBlockBarrier = 40;
 constexpr double kProductLatency = 110;  // first operand read to last dependent sum
 constexpr double kForwardCell = 600, kForwardElement = 400;  // a warp's instructions around its cells, and for each
@@ -43,7 +42,7 @@ int64_t clusters_at_once(int cluster, const CudaDevice& device) {
 // Bytes of shared memory of a block: the operand of its products, twice; the weights; two mbarriers. Backward also two
 // inboxes, and what its units carry from step to step.
 int64_t shared_bytes_of(const CudaPlan& plan, const CudaProblem& p) {
-  const int64_t columns = int64_t{kMatrixColumns} * plan.batch_groups;
+  const int64_t columns = kMatrixColumns;
   const int64_t weights = int64_t{plan.warps} * plan.row_tiles * plan.shared_steps * kFragmentBytes;
   const int64_t operand = plan.depth * columns * p.element_size;
   int64_t exchanged = 2 * operand;
@@ -52,10 +51,10 @@ int64_t shared_bytes_of(const CudaPlan& plan, const CudaProblem& p) {
 }
 
 double predicted_step(const CudaPlan& plan, const CudaProblem& p, const CudaDevice& device) {
-  const double columns = kMatrixColumns * plan.batch_groups, owners = plan.owners;
+  const double columns = kMatrixColumns, owners = plan.owners;
   const double steps = plan.register_steps + plan.shared_steps, used = plan.depth / 16.0;
   const double turns = std::ceil(plan.warps / 4.0);
-  const double matrix = turns * used * plan.row_tiles * plan.batch_groups * kMatrixClocks;
+  const double matrix = turns * used * plan.row_tiles * kMatrixClocks;
   const double weights = plan.warps * plan.row_tiles * std::max(0.0, used - plan.register_steps) * kFragmentBytes;
   const double operand = plan.warps * std::min(used, steps) * 16 * columns * p.element_size;
   const double product = std::max(matrix, (weights + operand) / kSharedBytesPerClock) + kProductLatency;
@@ -68,7 +67,6 @@ double predicted_step(const CudaPlan& plan, const CudaProblem& p, const CudaDevi
     const double arriving = p.backward ? (owners - 1) * plan.units * columns * 4
                                        : (owners - 1) / owners * static_cast<double>(p.units) * columns * 2;
     exchange = arriving / kRemoteBytesPerClock + kRemoteLatency;
-    if (plan.exchange == Exchange::kClusterBarrier) exchange += kClusterBarrier;
     if (p.backward) exchange += kBlockBarrier;
   }
   const double alone = (product + cell + exchange) / (device.clock_ghz * 1e3);
@@ -83,21 +81,19 @@ double predicted_step(const CudaPlan& plan, const CudaProblem& p, const CudaDevi
 }
 
 // A plan for that tile and cluster, or one of Tier::kStepwise if it does not fit.
-CudaPlan try_plan(const CudaProblem& p, const CudaDevice& device, int cluster, int octets, int row_tiles, int groups,
-                  Exchange exchange) {
+CudaPlan try_plan(const CudaProblem& p, const CudaDevice& device, int cluster, int octets, int row_tiles) {
   CudaPlan plan;
   plan.cluster = cluster;
-  plan.exchange = exchange;
+  plan.exchange = cluster == 1 ? Exchange::kBlock : Exchange::kAsync;
   plan.octets = octets;
   plan.row_tiles = row_tiles;
-  plan.batch_groups = groups;
   const int64_t all_octets = divide_up(p.units, 8);
   int64_t depth;
   if (p.backward) {  // all rows of W^T over the warps; the units of a block are its columns
     const int64_t warps = divide_up(p.units, int64_t{kMatrixRows} * row_tiles);
     const int64_t units = 8 * divide_up(all_octets, cluster);
-    const int64_t elements = int64_t{elements_of_thread(groups)} * kPersistentWarps * 32;
-    if (warps > kPersistentWarps || units * kMatrixColumns * groups > elements) return {};
+    const int64_t elements = int64_t{kElementsOfThread} * kPersistentWarps * 32;
+    if (warps > kPersistentWarps || units * kMatrixColumns > elements) return {};
     plan.warps = static_cast<int>(warps);
     plan.threads = kPersistentWarps * 32;
     plan.units = static_cast<int>(units);
@@ -112,13 +108,13 @@ CudaPlan try_plan(const CudaProblem& p, const CudaDevice& device, int cluster, i
   }
   plan.owners = static_cast<int>(divide_up(p.units, plan.units));
   if (cluster > 1 && plan.owners <= cluster / 2) return {};  // a smaller cluster does
-  plan.register_steps = p.backward ? backward_register_steps(row_tiles, groups)
-                                   : forward_register_steps(p.gates, p.separate, p.saved, octets, groups);
+  plan.register_steps = p.backward ? backward_register_steps(row_tiles)
+                                   : forward_register_steps(p.gates, p.separate, p.saved, octets);
   const int steps = product_steps(depth, plan.register_steps);
   plan.depth = 16 * steps;
   plan.shared_steps = std::max(0, steps - plan.register_steps);
   plan.shared_bytes = shared_bytes_of(plan, p);
-  plan.clusters = p.directions * divide_up(p.batch, int64_t{kMatrixColumns} * groups);
+  plan.clusters = p.directions * divide_up(p.batch, kMatrixColumns);
   plan.at_once = clusters_at_once(cluster, device);
   constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
   const int64_t registers = int64_t{255} * plan.threads;
@@ -201,11 +197,7 @@ std::vector<CudaPlan> persistent_plans(const CudaProblem& p, const CudaDevice& d
     for (int groups = 1; groups <= 2; ++groups) keep(try_grid(p, device, octets, groups));
   }
   const auto add = [&](int cluster, int octets, int row_tiles) {
-    const Exchange only = Exchange::kBlock;
-    for (const Exchange exchange : {Exchange::kAsync, Exchange::kClusterBarrier}) {
-      keep(try_plan(p, device, cluster, octets, row_tiles, 1, cluster == 1 ? only : exchange));
-      if (cluster == 1) break;
-    }
+    keep(try_plan(p, device, cluster, octets, row_tiles));
   };
   for (int cluster = 1; cluster <= (is_16_bit ? kLargestCluster : 0); cluster *= 2) {
     if (p.backward) {

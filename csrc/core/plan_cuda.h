@@ -41,10 +41,9 @@ struct CudaProblem {
 enum class Exchange {
   kBlock,  // one block: its own barrier
   kAsync,  // remote stores that count themselves in on an mbarrier of the receiver
-  kClusterBarrier,  // remote stores and a barrier of the cluster: the reference
   kGlobal,  // words in global memory that say by themselves that they have arrived
 };
-inline constexpr const char* kExchangeNames[] = {"block", "async", "cluster barrier", "global"};
+inline constexpr const char* kExchangeNames[] = {"block", "async", "global"};
 
 // Who holds the recurrent weights for all T: a block, a cluster of blocks, or a team of blocks anywhere on the GPU, all teams
 // running at the same time.
@@ -90,7 +89,7 @@ struct CudaPlan {
 constexpr int kPersistentWarps = 8;  // at most: 255 registers a thread, one block a multiprocessor
 constexpr int kLargestCluster = 16;  // blocks
 // Backward: units times rows of the batch of a block, over its threads.
-constexpr int elements_of_thread(int batch_groups) { return 2 * batch_groups; }
+constexpr int kElementsOfThread = 2;
 constexpr int kStepsAtOnce = 4;  // k-steps of 16 between two tests for the end of a product, weights in registers
 constexpr int kMatrixRows = 16;  // of an mma
 constexpr int kMatrixColumns = 8;  // of an mma: rows of the batch
@@ -111,10 +110,10 @@ constexpr int chains_of(int row_tiles, int batch_groups) { return row_tiles * ba
 constexpr int most_backward_tiles(int gates) { return gates > 1 ? 4 : 8; }
 // k-steps whose fragments stay in registers: what is left of 255 by sums, operands, addresses and the cells of a lane.
 // nvcc says whether it is so (tests/test_cuda_compile.py): a spilled register is an error there.
-constexpr int register_steps_of(int row_tiles, int batch_groups, int of_cells) {
-  constexpr int kAddresses = 72;
-  const int sums = 4 * chains_of(row_tiles, batch_groups) * row_tiles * batch_groups;
-  return (255 - kAddresses - sums - 8 * batch_groups - of_cells) / (4 * row_tiles);
+constexpr int register_steps_of(int row_tiles, int of_cells) {
+  constexpr int kAddresses = 72, kOperands = 8;
+  const int sums = 4 * chains_of(row_tiles, 1) * row_tiles;
+  return (255 - kAddresses - kOperands - sums - of_cells) / (4 * row_tiles);
 }
 // k-steps of a product of `columns` numbers, zeros included: reads come in pairs, and where registers hold the weights
 // kStepsAtOnce together.
@@ -122,15 +121,14 @@ constexpr int product_steps(int64_t columns, int register_steps) {
   const int pairs = static_cast<int>((columns + 31) / 32) * 2;
   return pairs >= register_steps ? pairs : (pairs + kStepsAtOnce - 1) / kStepsAtOnce * kStepsAtOnce;
 }
-constexpr int forward_register_steps(int gates, int separate, int saved, int octets, int batch_groups) {
-  const int of_cells = octets * (2 * batch_groups * (saved + 4) + gates + separate);
-  const int steps = register_steps_of(row_tiles_of(gates, octets), batch_groups, of_cells);
-  return steps / 2 * 2;  // with one more, an LSTM of 16 units a warp spills
+constexpr int forward_register_steps(int gates, int separate, int saved, int octets) {
+  const int of_cells = octets * (2 * (saved + 4) + gates + separate) + 2;  // and where L2 is to look ahead
+  return register_steps_of(row_tiles_of(gates, octets), of_cells) / 2 * 2;  // with one more, an LSTM of 16 units a warp spills
 }
-// Cells and products take turns: nothing of a cell is in registers while sums are.
-constexpr int backward_register_steps(int row_tiles, int batch_groups) {
-  const int carried = row_tiles == 2 ? 32 : 24;  // few tiles need more registers for addresses
-  return register_steps_of(row_tiles, batch_groups, carried);
+// Cells and products take turns: while sums are in registers, of a cell only its results are. Few tiles need more for
+// addresses; more than 4 have RNNs alone, whose cells have one gate.
+constexpr int backward_register_steps(int row_tiles) {
+  return register_steps_of(row_tiles, row_tiles == 2 ? 40 : row_tiles == 4 ? 32 : 24);
 }
 
 // --- The same for Tier::kGrid -----------------------------------------------------------------------------------------

@@ -25,8 +25,11 @@ struct PersistentParams {
   const int64_t* offset;
 };
 
-// The value type of the cells for 16-bit layers: float32, with exp2 and reciprocal of the hardware (relative error about
-// 2^-22) where the standard library's functions would be the longest part of a step.
+// The value type of the cells for layers in T of 16 bits: float32, with functions of the hardware where the standard
+// library's would be the longest part of a step. They err by less than T's rounding of h in every step: for float16 by about
+// 2^-22 of the value (exp2 and reciprocal), for bfloat16 by about 2^-11 (tanh), in half as many instructions of the units
+// that have such functions.
+template <class T>
 struct Fast {
   float value;
   Fast() = default;
@@ -37,33 +40,47 @@ struct Fast {
   GPU_FN operator float() const { return value; }  // NOLINT
 };
 
-template <>
-struct Math<Fast> {
-  static constexpr float kLog2E = 1.4426950408889634f;
-  static GPU_FN Fast sigmoid(Fast x) { return gpu::reciprocal_approx(1.f + gpu::exp2_approx(-kLog2E * x.value)); }
-  // Around zero the quotient would cancel; beyond 0.25 it has lost at most three bits.
-  static GPU_FN Fast tanh(Fast x) {
-    const float v = x.value, square = v * v;
-    const float near = v +
-                       v * square * (-1.f / 3 + square * (2.f / 15 + square * (-17.f / 315 + square * (62.f / 2835))));
-    const float far = 1.f - 2.f * gpu::reciprocal_approx(1.f + gpu::exp2_approx(2 * kLog2E * v));
-    return fabsf(v) < 0.25f ? near : far;
+template <class T>
+struct Math<Fast<T>> {
+  static GPU_FN Fast<T> sigmoid(Fast<T> x) {
+    if constexpr (kCoarse) {
+      return 0.5f + 0.5f * gpu::tanh_approx(0.5f * x.value);
+    } else {
+      return gpu::reciprocal_approx(1.f + gpu::exp2_approx(-kLog2E * x.value));
+    }
   }
-  static GPU_FN Fast relu(Fast x) { return x.value < 0.f ? 0.f : x.value; }
-  static GPU_FN Fast positive(Fast y) { return y.value <= 0.f ? 0.f : 1.f; }
+  static GPU_FN Fast<T> tanh(Fast<T> x) {
+    const float v = x.value, square = v * v;
+    if constexpr (kCoarse) {
+      return gpu::tanh_approx(v);
+    } else {
+      // Around zero the quotient would cancel; beyond 0.25 it has lost at most three bits.
+      const float near = v +
+                         v * square * (-1.f / 3 + square * (2.f / 15 + square * (-17.f / 315 + square * (62.f / 2835))));
+      const float far = 1.f - 2.f * gpu::reciprocal_approx(1.f + gpu::exp2_approx(2 * kLog2E * v));
+      return fabsf(v) < 0.25f ? near : far;
+    }
+  }
+  static GPU_FN Fast<T> relu(Fast<T> x) { return x.value < 0.f ? 0.f : x.value; }
+  static GPU_FN Fast<T> positive(Fast<T> y) { return y.value <= 0.f ? 0.f : 1.f; }
+
+ private:
+  static constexpr bool kCoarse = std::is_same_v<T, gpu::bf16>;
+  static constexpr float kLog2E = 1.4426950408889634f;
 };
 
 template <class T>
-using CellValue = std::conditional_t<gpu::kIs16Bit<T>, Fast, float>;
+using CellValue = std::conditional_t<gpu::kIs16Bit<T>, Fast<T>, float>;
 
-// The rows of the batch in time, of the block's direction.
-template <class Step>
+// The rows of the batch in time, of the block's direction. kEven: all rows have all steps, none begins anew on the way, and
+// the data are not packed; what a kernel then knows while it is compiled is not asked in every step.
+template <class Step, bool kEven>
 class Timeline {
  public:
   GPU_FN explicit Timeline(const PersistentParams<Step>& params)
       : p_(params),
         d_(static_cast<int>(blockIdx.y)),
-        packed_(params.offset != nullptr),
+        packed_(!kEven && params.offset != nullptr),
         stride_(static_cast<unsigned>(params.step.table.batch_stride)),
         step_(static_cast<unsigned>(params.step_stride)),
         begin_(static_cast<unsigned>(d_ * params.step.table.total)) {}
@@ -71,14 +88,18 @@ class Timeline {
   GPU_FN int direction() const { return d_; }
   GPU_FN bool reverse() const { return d_ == 1; }
   // Has it no rows beyond the lengths?
-  GPU_FN bool packed() const { return packed_; }
+  GPU_FN bool packed() const { return !kEven && packed_; }
   // Valid steps; -1 beyond the batch.
   GPU_FN int length(int n) const {
     const StepTable& table = p_.step.table;
     if (n >= table.batch) return -1;
-    const int64_t length = table.lengths == nullptr ? table.steps : table.lengths[n];
+    const int64_t length = kEven || table.lengths == nullptr ? table.steps : table.lengths[n];
     return static_cast<int>(length < table.steps ? length : table.steps);
   }
+  // Whether step t is one of a row with that length.
+  GPU_FN bool valid(int t, int length) const { return kEven ? length >= 0 : t < length; }
+  // The last step of a row with that length, in the direction of the scan.
+  GPU_FN int last(int length) const { return reverse() ? 0 : length - 1; }
   // Steps that some row of the batch from n on visits, padding included.
   GPU_FN int steps(int n) const { return packed() ? length(n) : static_cast<int>(p_.step.table.steps); }
   GPU_FN Sequence sequence(int n, int length) const {
@@ -88,11 +109,11 @@ class Timeline {
   }
   // The row of (t, n), where there is one. Unsigned numbers: their product of 64 bits is one instruction.
   GPU_FN unsigned row(int t, int n) const {
-    const unsigned first = packed_ ? static_cast<unsigned>(gpu::load_readonly(p_.offset + t)) : unsigned(t) * step_;
+    const unsigned first = packed() ? static_cast<unsigned>(gpu::load_readonly(p_.offset + t)) : unsigned(t) * step_;
     return first + unsigned(n) * stride_;
   }
   // From a row to that of the next step of a scan with or against the direction, where data are not packed.
-  GPU_FN unsigned stride(bool against) const { return reverse() != against ? 0u - step_ : step_; }
+  GPU_FN int64_t stride(bool against) const { return reverse() != against ? -int64_t{step_} : int64_t{step_}; }
   // Of a tensor [D, rows, width], column j of a row.
   GPU_FN uint64_t of_direction(unsigned row, unsigned width, unsigned j) const {
     return uint64_t{begin_ + row} * width + j;

@@ -6,7 +6,7 @@
 namespace fastrnn {
 
 // kMost elements of a block's [units, 8 * kGroups rows of the batch], at most.
-template <class Cell, class T, int kMost, int kGroups>
+template <class Cell, class T, int kMost, int kGroups, bool kEven>
 class BackwardCells {
   static constexpr int kGates = Cell::kGates, kSeparate = Cell::kSeparate, kSaved = Cell::kSaved;
   static constexpr ElementState kState = Cell::kState;
@@ -49,7 +49,7 @@ class BackwardCells {
       seek(t);
     } else {
 #pragma unroll
-      for (int i = 0; i < kMost; ++i) row_[i] += time_.stride(true);
+      for (int i = 0; i < kMost; ++i) row_[i] += static_cast<unsigned>(time_.stride(true));
     }
   }
 
@@ -61,14 +61,15 @@ class BackwardCells {
     const int ahead = reverse ? t + 1 : t - 1;  // the step before in the direction of the data too
     const auto* const reserve = static_cast<const float*>(p_.reserve);
     each([&](int i) {
-      if (t >= length_[i]) return;
-      const bool some = ahead >= 0 && ahead < length_[i];
+      if (!time_.valid(t, length_[i])) return;
+      const bool some = ahead >= 0 && ahead < length(i);
       const unsigned row = row_[i];
-      const unsigned then = !some ? row : time_.packed() ? time_.row(ahead, n(i)) : row + time_.stride(true);
+      const unsigned stride = static_cast<unsigned>(time_.stride(true));
+      const unsigned then = !some ? row : time_.packed() ? time_.row(ahead, n(i)) : row + stride;
       const float* const before = reserve + time_.of_direction(then, width, unit(i));
       if (element(i).u % 8 < kSaved && some) {  // 8 numbers are a sector
         const int own = element(i).u % 8;
-        gpu::prefetch_l2(before - own + own * units);
+        gpu::prefetch_l2(before + own * (units - 1));
         if (own == 0 && p_.grad_output != nullptr)
           gpu::prefetch_l2(static_cast<const T*>(p_.grad_output) + time_.of_rows(then, unit(i)));
       }
@@ -93,17 +94,18 @@ class BackwardCells {
   template <class Incoming, class Emit>
   GPU_FN void compute(int t, const Incoming& incoming, const Emit& emit) {
     const bool reverse = time_.reverse();
-    const int units = static_cast<int>(p_.units), width = kGates * units;
     each([&](int i) {
-      const bool valid = t < length_[i];
-      T of_input[kGates], of_recurrent[kGates], h_before = gpu::from_float<T>(0.f);
+      const bool valid = time_.valid(t, length_[i]);
+      T (&of_input)[kGates] = of_input_[i], (&of_recurrent)[kGates] = of_recurrent_[i];
+      T& h_before = h_entered_[i];
+      h_before = gpu::from_float<T>(0.f);
       bool enters = false;  // does the initial state?
       if (valid) {
-        const bool ends = t == (reverse ? 0 : length_[i] - 1);
+        const bool ends = t == time_.last(length(i));
         bool on = !ends,
-             flows = t != (reverse ? length_[i] - 1 : 0);  // the state, into the step after and into this one
+             flows = t != (reverse ? length(i) - 1 : 0);  // the state, into the step after and into this one
         enters = !flows;
-        if (p_.table.reset != nullptr) {
+        if (!kEven && p_.table.reset != nullptr) {
           const Sequence s = time_.sequence(n(i), length_[i]);
           on = on && s.flows(reverse ? t - 1 : t + 1, reverse);
           flows = s.flows(t, reverse), enters = s.enters(t, reverse);
@@ -139,23 +141,31 @@ class BackwardCells {
       }
 #pragma unroll
       for (int g = 0; g < kGates; ++g) emit(i, g, element(i).u, element(i).column, of_recurrent[g]);
+      if (enters && p_.grad_first != nullptr) {
+        T* const to = static_cast<T*>(p_.grad_first) + time_.of_batch(n(i), kGates * p_.units, unit(i));
+#pragma unroll
+        for (int g = 0; g < kGates; ++g) to[g * p_.units] = of_recurrent[g];
+      }
+    });
+  }
+
+  // Step t's results, to the caller, where the cells are.
+  GPU_FN void store(int t) const {
+    const int units = static_cast<int>(p_.units), width = kGates * units;
+    each([&](int i) {
+      const bool valid = time_.valid(t, length_[i]);
       if (length_[i] < 0 || (time_.packed() && !valid)) return;
       const unsigned row = row_[i];
       if (p_.previous != nullptr) {
         const uint64_t at = time_.of_direction(row, units, unit(i));
-        static_cast<T*>(p_.previous)[at] = h_before;
+        static_cast<T*>(p_.previous)[at] = h_entered_[i];
       }
       const uint64_t at = time_.of_direction(row, width, unit(i));
 #pragma unroll
-      for (int g = 0; g < kGates; ++g) static_cast<T*>(p_.grad_gates)[at + g * units] = of_input[g];
+      for (int g = 0; g < kGates; ++g) static_cast<T*>(p_.grad_gates)[at + g * units] = of_input_[i][g];
       if (p_.grad_recurrent != nullptr) {
 #pragma unroll
-        for (int g = 0; g < kGates; ++g) static_cast<T*>(p_.grad_recurrent)[at + g * units] = of_recurrent[g];
-      }
-      if (p_.grad_first != nullptr && enters) {
-        T* const to = static_cast<T*>(p_.grad_first) + time_.of_batch(n(i), width, unit(i));
-#pragma unroll
-        for (int g = 0; g < kGates; ++g) to[g * units] = of_recurrent[g];
+        for (int g = 0; g < kGates; ++g) static_cast<T*>(p_.grad_recurrent)[at + g * units] = of_recurrent_[i][g];
       }
     });
   }
@@ -185,11 +195,13 @@ class BackwardCells {
   }
   GPU_FN int unit(int i) const { return first_unit_ + element(i).u; }
   GPU_FN int n(int i) const { return first_row_ + element(i).column; }
+  // Of a valid row.
+  GPU_FN int length(int i) const { return kEven ? static_cast<int>(p_.table.steps) : length_[i]; }
   GPU_FN float& carried(int i) const { return carry_[index(i)]; }
   GPU_FN int64_t of_batch(int i) const { return time_.of_batch(n(i), p_.units, unit(i)); }
 
   const StepBackward& p_;
-  const Timeline<StepBackward> time_;
+  const Timeline<StepBackward, kEven> time_;
   const int units_, first_unit_;
   int first_row_;
   float* carry_;
@@ -197,6 +209,7 @@ class BackwardCells {
   unsigned row_[kMost];  // of the step
   float saved_[kMost][kSaved], c_before_[kMost];
   T grad_output_[kMost], grad_cells_[kMost], h_before_[kMost];
+  T of_input_[kMost][kGates], of_recurrent_[kMost][kGates], h_entered_[kMost];  // what compute found
 };
 
 }  // namespace fastrnn

@@ -6,7 +6,7 @@
 namespace fastrnn {
 
 // kUnits units, 8 apart, in kRows rows of the batch.
-template <class Cell, class T, int kUnits, int kRows>
+template <class Cell, class T, int kUnits, int kRows, bool kEven>
 class ForwardCells {
   static constexpr int kGates = Cell::kGates, kSeparate = Cell::kSeparate, kSaved = Cell::kSaved;
   static constexpr ElementState kState = Cell::kState;
@@ -21,9 +21,15 @@ class ForwardCells {
       : p_(params.step), time_(params), room_(static_cast<int>(params.step.units) - unit) {
     const int units = static_cast<int>(p_.units);
     unit_ = unit < units ? unit : units - 1;  // so that every address is one
+    gates_step_ = time_.stride(false) * p_.gates_stride;
+    output_step_ = time_.stride(false) * (p_.table.directions * units);
+    ahead_ = kAhead * gates_step_ + unit_ % 8 * (units - 1);
+    fetches_ = unit_ % 8 < kGates;
     take(n);
 #pragma unroll
     for (int o = 0; o < kUnits; ++o) {
+#pragma unroll
+      for (int i = 0; i < kRows * kGates; ++i) input_[o][i / kGates][i % kGates] = 0.f;
       const void* const b_ih = time_.reverse() ? p_.b_ih[1] : p_.b_ih[0];
       const void* const b_hh = time_.reverse() ? p_.b_hh[1] : p_.b_hh[0];
 #pragma unroll
@@ -73,14 +79,19 @@ class ForwardCells {
   // Goes to step t, from anywhere or, if data are not packed, from the step before.
   GPU_FN void seek(int t) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) row_[r] = time_.packed() && t >= length_[r] ? 0 : time_.row(t, n_[r]);
+    for (int r = 0; r < kRows; ++r) {
+      const unsigned row = time_.packed() && t >= length_[r] ? 0 : time_.row(t, n_[r]);
+      gates_[r] = static_cast<float*>(p_.gates) +
+                  time_.of_direction(row, static_cast<unsigned>(p_.gates_stride), static_cast<unsigned>(unit_));
+      output_[r] = static_cast<T*>(p_.output) + time_.of_rows(row, static_cast<unsigned>(unit_));
+    }
   }
   GPU_FN void move(int t) {
     if (time_.packed()) {
       seek(t);
     } else {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) row_[r] += time_.stride(false);
+      for (int r = 0; r < kRows; ++r) gates_[r] += gates_step_, output_[r] += output_step_;
     }
   }
 
@@ -88,27 +99,23 @@ class ForwardCells {
   // L2, a gate by each.
   GPU_FN void load_input(int t) {
     const int units = static_cast<int>(p_.units);
-    const unsigned width = static_cast<unsigned>(p_.gates_stride);
-    const auto* const gates = static_cast<const float*>(p_.gates);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const float* const from = gates + time_.of_direction(row_[r], width, unit_);
+      // a lane without such a row or unit does not read another's, which may be writing there
+      if (time_.packed() ? t >= length_[r] : length_[r] < 0) continue;
 #pragma unroll
       for (int o = 0; o < kUnits; ++o) {
-        // a lane without such a row or unit does not read another's, which may be writing there
-        const bool there = has(o) && (time_.packed() ? t < length_[r] : length_[r] >= 0);
+        if (!has(o)) continue;
 #pragma unroll
-        for (int gate = 0; gate < kGates; ++gate) input_[o][r][gate] = there ? from[gate * units + at(o)] : 0.f;
+        for (int gate = 0; gate < kGates; ++gate) input_[o][r][gate] = gates_[r][gate * units + at(o)];
       }
     }
-    const int ahead = time_.reverse() ? t - kAhead : t + kAhead, own = unit_ % 8;
-    if (own >= kGates || time_.packed() || ahead < 0 || ahead >= p_.table.steps) return;
+    const int ahead = time_.reverse() ? t - kAhead : t + kAhead;
+    if (!fetches_ || time_.packed() || ahead < 0 || ahead >= static_cast<int>(p_.table.steps)) return;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const unsigned row = row_[r] + kAhead * time_.stride(false);
-      const float* const from = gates + time_.of_direction(row, width, unit_ - own + own * units);
 #pragma unroll
-      for (int o = 0; o < kUnits; ++o) gpu::prefetch_l2(from + at(o));
+      for (int o = 0; o < kUnits; ++o) gpu::prefetch_l2(gates_[r] + ahead_ + at(o));
     }
   }
 
@@ -117,9 +124,9 @@ class ForwardCells {
   GPU_FN void compute(int t, const Recurrent& recurrent) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const bool valid = t < length_[r];
+      const bool valid = kEven || t < length_[r];
       bool dropped = false;
-      if (p_.table.reset != nullptr && valid) {
+      if (!kEven && p_.table.reset != nullptr && valid) {
         const Sequence s = sequence(r);
         dropped = !s.last(t, time_.reverse()) && !s.flows(time_.reverse() ? t - 1 : t + 1, time_.reverse());
       }
@@ -151,31 +158,37 @@ class ForwardCells {
 
   // Step t's results, to the caller, where the cells are.
   GPU_FN void store(int t) const {
-    const int units = static_cast<int>(p_.units);
+    const bool all_cells = kState == ElementState::kCell && p_.cells != nullptr;
+    each([&](int o, int r) {
+      if (writes(o, r, t)) output_[r][8 * o] = gpu::from_float<T>(valid(r, t) ? h_[o][r] : 0.f);
+    });
+    if (p_.save) {
+      const int units = static_cast<int>(p_.units);
+      each([&](int o, int r) {
+        if (!writes(o, r, t)) return;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const bool valid = t < length_[r];
-      if (length_[r] < 0 || (time_.packed() && !valid)) continue;
-      const uint64_t of_rows = time_.of_rows(row_[r], unit_);
-      float* const gates = static_cast<float*>(p_.gates) +
-                           time_.of_direction(row_[r], static_cast<unsigned>(p_.gates_stride), unit_);
-      const bool last = valid && t == (time_.reverse() ? 0 : length_[r] - 1);
-#pragma unroll
-      for (int o = 0; o < kUnits; ++o) {
-        if (!has(o)) continue;
-        static_cast<T*>(p_.output)[of_rows + 8 * o] = gpu::from_float<T>(valid ? h_[o][r] : 0.f);
-        if (p_.save) {
-#pragma unroll
-          for (int k = 0; k < kSaved; ++k) gates[k * units + 8 * o] = valid ? saved_[o][r][k] : 0.f;
-        }
-        if (last) static_cast<T*>(p_.h_n)[of_batch(o, r)] = gpu::from_float<T>(h_[o][r]);
-        if constexpr (kState == ElementState::kCell) {
-          if (p_.cells != nullptr) {
-            static_cast<T*>(p_.cells)[of_rows + 8 * o] = gpu::from_float<T>(valid ? c_[o][r] : 0.f);
-          }
-          if (last) static_cast<T*>(p_.c_n)[of_batch(o, r)] = gpu::from_float<T>(c_[o][r]);
-        }
-      }
+        for (int k = 0; k < kSaved; ++k) gates_[r][k * units + 8 * o] = valid(r, t) ? saved_[o][r][k] : 0.f;
+      });
+    }
+    if (all_cells) {
+      each([&](int o, int r) {
+        if (!writes(o, r, t)) return;
+        T* const cells = static_cast<T*>(p_.cells) + (output_[r] - static_cast<T*>(p_.output));
+        cells[8 * o] = gpu::from_float<T>(valid(r, t) ? c_[o][r] : 0.f);
+      });
+    }
+    if constexpr (!kEven) {
+      each([&](int o, int r) {
+        if (writes(o, r, t) && valid(r, t) && t == time_.last(length_[r])) store_last(o, r);
+      });
+    }
+  }
+  // After the last step.
+  GPU_FN void finish() const {
+    if constexpr (kEven) {
+      each([&](int o, int r) {
+        if (writes(o, r, 0)) store_last(o, r);
+      });
     }
   }
 
@@ -189,16 +202,31 @@ class ForwardCells {
       for (int r = 0; r < kRows; ++r) f(o, r);
     }
   }
+  GPU_FN bool valid(int r, int t) const { return kEven || t < length_[r]; }
+  // Has step t a place for it?
+  GPU_FN bool writes(int o, int r, int t) const {
+    return has(o) && (time_.packed() ? t < length_[r] : length_[r] >= 0);
+  }
+  GPU_FN void store_last(int o, int r) const {
+    static_cast<T*>(p_.h_n)[of_batch(o, r)] = gpu::from_float<T>(h_[o][r]);
+    if constexpr (kState == ElementState::kCell) {
+      static_cast<T*>(p_.c_n)[of_batch(o, r)] = gpu::from_float<T>(c_[o][r]);
+    }
+  }
   // How far from the first unit: where there is none, one that is.
   GPU_FN int at(int o) const { return has(o) ? 8 * o : 0; }
   GPU_FN int64_t of_batch(int o, int r) const { return time_.of_batch(n_[r], p_.units, unit_ + at(o)); }
   GPU_FN Sequence sequence(int r) const { return time_.sequence(n_[r], length_[r]); }
 
   const StepForward& p_;
-  const Timeline<StepForward> time_;
+  const Timeline<StepForward, kEven> time_;
   int room_, unit_;  // units from the first on; the first
   int n_[kRows], length_[kRows];  // length: -1 beyond the batch
-  unsigned row_[kRows];  // of the step
+  float* gates_[kRows];  // [G, H] of the step, from the first unit on: the input projection, then the reserve
+  T* output_[kRows];  // [H] of the step, the same
+  int64_t gates_step_, output_step_;  // from a step to the next
+  int64_t ahead_;  // to what the lane brings to L2
+  bool fetches_;
   float bias_[kUnits][kGates + kSeparate];  //
   float hidden_[kUnits][kRows];  // h that enters the next step
   float state_[kUnits][kRows];  // the element state that does

@@ -470,20 +470,25 @@ GPU_FN bool mbarrier_try_wait_block(uint64_t* barrier, unsigned parity) {
   return done;
 }
 
-// Stores to a block of the cluster, and counts its bytes on an mbarrier of that block.
-GPU_FN void st_async(ClusterAddress to, uint32_t value, ClusterAddress barrier) {
-  GPU_ASM_SM90("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(to.value),
-               "r"(value), "r"(barrier.value) : "memory");
-}
-GPU_FN void st_async(ClusterAddress to, uint2 value, ClusterAddress barrier) {
+// Stores to a block of the cluster, and counts its bytes on an mbarrier of that block; or does nothing, without a branch.
+GPU_FN void st_async(ClusterAddress to, uint32_t value, ClusterAddress barrier, bool wanted = true) {
   GPU_ASM_SM90(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.u32 [%0], {%1, %2}, [%3];" ::"r"(to.value),
-      "r"(value.x), "r"(value.y), "r"(barrier.value) : "memory");
+      "{.reg .pred p; setp.ne.u32 p, %3, 0; "
+      "@p st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];}" ::"r"(to.value),
+      "r"(value), "r"(barrier.value), "r"(uint32_t{wanted}) : "memory");
 }
-GPU_FN void st_async(ClusterAddress to, uint4 value, ClusterAddress barrier) {
+GPU_FN void st_async(ClusterAddress to, uint2 value, ClusterAddress barrier, bool wanted = true) {
   GPU_ASM_SM90(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to.value),
-      "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier.value) : "memory");
+      "{.reg .pred p; setp.ne.u32 p, %4, 0; "
+      "@p st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.u32 [%0], {%1, %2}, [%3];}" ::"r"(to.value),
+      "r"(value.x), "r"(value.y), "r"(barrier.value), "r"(uint32_t{wanted}) : "memory");
+}
+GPU_FN void st_async(ClusterAddress to, uint4 value, ClusterAddress barrier, bool wanted = true) {
+  GPU_ASM_SM90(
+      "{.reg .pred p; setp.ne.u32 p, %6, 0; "
+      "@p st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];}" ::"r"(
+          to.value), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier.value),
+      "r"(uint32_t{wanted}) : "memory");
 }
 // Copies global to own shared memory and counts its bytes on an own mbarrier: one thread for any size. All in multiples
 // of 16 bytes.
@@ -571,13 +576,16 @@ GPU_FN void cluster_sync() {
   cluster_wait();
 }
 
-// Until the phase of that parity has completed.
+// Until the phase of that parity has completed. The clock is read only where the first try, which waits a while, fails.
 GPU_FN void mbarrier_wait(uint64_t* barrier, unsigned parity) {
+  if (mbarrier_try_wait(barrier, parity)) return;
   Spin spin("mbarrier_wait");
   while (!mbarrier_try_wait(barrier, parity)) spin();
 }
-// For data of the own block, of bulk_load or of mbarrier_arrive: not for st_async.
+// For what has come to the own block's shared memory: by bulk_load, st_async, or from threads of the block that called
+// mbarrier_arrive. It drops nothing from L1, which mbarrier_wait does for what other blocks wrote to global memory.
 GPU_FN void mbarrier_wait_block(uint64_t* barrier, unsigned parity) {
+  if (mbarrier_try_wait_block(barrier, parity)) return;
   Spin spin("mbarrier_wait_block");
   while (!mbarrier_try_wait_block(barrier, parity)) spin();
 }

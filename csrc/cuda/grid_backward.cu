@@ -3,8 +3,8 @@
 
 namespace fastrnn {
 
-GridKernel<StepBackward> grid_backward_kernel_16(CellKind kind, Storage storage, const CudaPlan& plan) {
-  return choose_grid_kernel_16<GridBackwardKernels>(kind, storage, plan);
+GridKernel<StepBackward> grid_backward_kernel_16(CellKind kind, Storage storage, const PersistentScan& scan) {
+  return choose_kernel<OfPlan<GridBackwardKernels>>(kind, storage, scan);
 }
 
 }  // namespace fastrnn

@@ -12,7 +12,7 @@ namespace fastrnn {
 
 using GridBackward = GridParams<StepBackward>;
 
-template <class Cell, class T, int kOctets, int kGroups>
+template <class Cell, class T, int kOctets, int kGroups, bool kEven>
 __global__ void __launch_bounds__(kPersistentWarps * 32, 1) grid_backward_kernel(const GridBackward p) {
   constexpr int kGates = Cell::kGates, kColumns = kMatrixColumns * kGroups;
   using Kind = GridKind<T, kGates, kOctets, kGroups, true>;
@@ -38,9 +38,9 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) grid_backward_kernel
         shared.weights(warp), warp * plan.pairs, plan.pairs, kGates * octets);
   }
 
-  using Cells = BackwardCells<Cell, T, 1, kGroups>;
+  using Cells = BackwardCells<Cell, T, 1, kGroups, kEven>;
   const int first_octet = rank * kOctets, elements = plan.units * kColumns;
-  const Timeline<StepBackward> time(p);
+  const Timeline<StepBackward, kEven> time(p);
   const auto carry_of = [&](int slice) { return shared.states + slice / p.teams * elements; };
   const auto cells_of = [&](int slice) { return Cells(p, first_octet * 8, slice * kColumns, carry_of(slice)); };
   for (int slice = team; slice < p.slices; slice += p.teams) cells_of(slice).begin();
@@ -78,6 +78,7 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) grid_backward_kernel
             if (more) words.write(s + 1, gate * octets + octet, u % 8, column, value);
             words.empty(s - 1, all, gate * octets + octet, u % 8, column);
           });
+      cells.store(t);
       if (alone && more) {
         cells.move(d == 0 ? t - 1 : t + 1);
         cells.load(d == 0 ? t - 1 : t + 1);
@@ -93,9 +94,9 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) grid_backward_kernel
 struct GridBackwardKernels {
   using Kernel = GridKernel<StepBackward>;
 
-  template <class Cell, class T, int kOctets, int kGroups>
+  template <class Cell, class T, int kOctets, int kGroups, bool kEven>
   static Kernel of() {
-    return grid_backward_kernel<Cell, T, kOctets, kGroups>;
+    return grid_backward_kernel<Cell, T, kOctets, kGroups, kEven>;
   }
 };
 

@@ -3,8 +3,8 @@
 
 namespace fastrnn {
 
-GridKernel<StepForward> grid_forward_kernel_16(CellKind kind, Storage storage, const CudaPlan& plan) {
-  return choose_grid_kernel_16<GridForwardKernels>(kind, storage, plan);
+GridKernel<StepForward> grid_forward_kernel_16(CellKind kind, Storage storage, const PersistentScan& scan) {
+  return choose_kernel<OfPlan<GridForwardKernels>>(kind, storage, scan);
 }
 
 }  // namespace fastrnn

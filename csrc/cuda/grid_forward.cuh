@@ -12,7 +12,7 @@ namespace fastrnn {
 
 using GridForward = GridParams<StepForward>;
 
-template <class Cell, class T, int kOctets, int kGroups>
+template <class Cell, class T, int kOctets, int kGroups, bool kEven>
 __global__ void __launch_bounds__(kPersistentWarps * 32, 1) grid_forward_kernel(const GridForward p) {
   constexpr int kGates = Cell::kGates, kColumns = kMatrixColumns * kGroups, kElements = 8 * kOctets * kColumns;
   using Kind = GridKind<T, kGates, kOctets, kGroups, false>;
@@ -39,10 +39,10 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) grid_forward_kernel(
   const Element<kColumns> element(static_cast<int>(threadIdx.x));
   const int octet = rank * kOctets + element.u / 8, u = element.u % 8;
   const bool has_cell = static_cast<int>(threadIdx.x) < kElements && octet < octets;  // or the whole warp has not
-  const Timeline<StepForward> time(p);
+  const Timeline<StepForward, kEven> time(p);
   const auto row_of = [&](int slice) { return slice * kColumns + element.column; };
   const int first_rows[1] = {row_of(team)};
-  ForwardCells<Cell, T, 1, 1> cells(p, octet * 8 + u, first_rows);
+  ForwardCells<Cell, T, 1, 1, kEven> cells(p, octet * 8 + u, first_rows);
   const auto ring_of = [&](int slice) { return ring<T, kGroups>(p, slice, octets); };
   float* states = shared.states + threadIdx.x;  // [slices of the team, 2, kElements]
   if (has_cell) {
@@ -85,6 +85,7 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) grid_forward_kernel(
         });
         if (s + 1 < all) words.write(s + 1, octet, u, element.column, gpu::from_float<T>(cells.hidden(0, 0)));
         cells.store(t);
+        if (s + 1 == all) cells.finish();
         if (!alone) {
           states[0] = cells.hidden(0, 0), states[kElements] = cells.state(0, 0);
         } else if (s + 1 < all) {
@@ -104,9 +105,9 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) grid_forward_kernel(
 struct GridForwardKernels {
   using Kernel = GridKernel<StepForward>;
 
-  template <class Cell, class T, int kOctets, int kGroups>
+  template <class Cell, class T, int kOctets, int kGroups, bool kEven>
   static Kernel of() {
-    return grid_forward_kernel<Cell, T, kOctets, kGroups>;
+    return grid_forward_kernel<Cell, T, kOctets, kGroups, kEven>;
   }
 };
 

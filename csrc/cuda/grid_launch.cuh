@@ -115,34 +115,26 @@ void run_grid(GridKernel<Step> kernel, const Step& step, const PersistentScan& s
                           static_cast<cudaStream_t>(stream), params);
 }
 
-// The kernel of a plan: Kernels::of<Cell, T, kOctets, kGroups>(), for the numbers that T and Cell have.
-template <class Kernels, class T>
+// The kernel of a plan: Kernels::of<Cell, T, kOctets, kGroups, kEven>(), for the numbers that T and Cell have.
+template <class Kernels>
 struct OfPlan {
   using Kernel = typename Kernels::Kernel;
 
-  template <class Cell, class>
+  template <class Cell, class T, bool kEven>
   static Kernel of(const CudaPlan& plan) {
     const bool wide = plan.batch_groups == 2;
     if constexpr (gpu::kIs16Bit<T> || grid_octets_32(Cell::kGates) == kGridOctets) {
       if (plan.octets == kGridOctets) {
-        return wide ? Kernels::template of<Cell, T, kGridOctets, 2>() : Kernels::template of<Cell, T, kGridOctets, 1>();
+        return wide ? Kernels::template of<Cell, T, kGridOctets, 2, kEven>()
+                    : Kernels::template of<Cell, T, kGridOctets, 1, kEven>();
       }
     }
-    return wide ? Kernels::template of<Cell, T, 1, 2>() : Kernels::template of<Cell, T, 1, 1>();
+    return wide ? Kernels::template of<Cell, T, 1, 2, kEven>() : Kernels::template of<Cell, T, 1, 1, kEven>();
   }
 };
-template <class Kernels, class T>
-typename Kernels::Kernel choose_grid_kernel(CellKind kind, const CudaPlan& plan) {
-  return kernel_among<OfPlan<Kernels, T>, T>(kind, plan, AllCells());
-}
-template <class Kernels>
-typename Kernels::Kernel choose_grid_kernel_16(CellKind kind, Storage storage, const CudaPlan& plan) {
-  return storage == Storage::kHalf ? choose_grid_kernel<Kernels, __half>(kind, plan)
-                                   : choose_grid_kernel<Kernels, __nv_bfloat16>(kind, plan);
-}
 
 // Those in 16 bits, each direction of the scan in a file of its own.
-GridKernel<StepForward> grid_forward_kernel_16(CellKind kind, Storage storage, const CudaPlan& plan);
-GridKernel<StepBackward> grid_backward_kernel_16(CellKind kind, Storage storage, const CudaPlan& plan);
+GridKernel<StepForward> grid_forward_kernel_16(CellKind kind, Storage storage, const PersistentScan& scan);
+GridKernel<StepBackward> grid_backward_kernel_16(CellKind kind, Storage storage, const PersistentScan& scan);
 
 }  // namespace fastrnn

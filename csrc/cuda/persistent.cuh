@@ -2,7 +2,7 @@
 // the blocks of a cluster are addressed.
 //
 // A block has its share of the recurrent weights for all steps: as many fragments of mma.m16n8k16 as fit in registers, the
-// rest in shared memory. A cluster of blocks (or one block alone) has all of the weights and takes a slice of the batch;
+// rest in shared memory. A cluster of blocks (or one block alone) has all of the weights and takes 8 rows of the batch;
 // clusters know nothing of each other, so no launch can wait for a block that does not run.
 #pragma once
 
@@ -10,11 +10,11 @@
 
 namespace fastrnn {
 
-// out [16 * kTiles, 8 * kGroups] = weights [16 * kTiles, depth] x operand [depth, 8 * kGroups], by one warp.
-template <class T, int kTiles, int kGroups, int kRegisterSteps>
+// out [16 * kTiles, 8] = weights [16 * kTiles, depth] x operand [depth, 8], by one warp.
+template <class T, int kTiles, int kRegisterSteps>
 class Product {
  public:
-  using Sums = float[kTiles][kGroups][4];
+  using Sums = float[kTiles][4];
   static_assert(kRegisterSteps > 0);
 
   // packed: this warp's [steps, kTiles, 32 lanes] fragments; shared: room for the steps beyond kRegisterSteps.
@@ -34,19 +34,17 @@ class Product {
     }
   }
 
-  // operand: shared, [kGroups, depth, 8] of T; `used`: its k-steps, as product_steps counts them.
-  GPU_FN void multiply(Sums& out, const T* operand, int depth, int used) const {
-    float sums[kChains][kTiles][kGroups][4];
+  // operand: shared, [depth, 8] of T; `used`: its k-steps, as product_steps counts them.
+  GPU_FN void multiply(Sums& out, const T* operand, int used) const {
+    float sums[kChains][kTiles][4];
 #pragma unroll
-    for (int i = 0; i < kChains * kTiles * kGroups * 4; ++i) {
-      sums[i / (kTiles * kGroups * 4)][i / (kGroups * 4) % kTiles][i / 4 % kGroups][i % 4] = 0.f;
-    }
+    for (int i = 0; i < kChains * kTiles * 4; ++i) sums[i / (kTiles * 4)][i / 4 % kTiles][i % 4] = 0.f;
     constexpr int kLast = kRegisterSteps % kStepsAtOnce;
-    uint32_t operands[2][kStepsAtOnce][kGroups][2];  // of these k-steps and, on their way, of the next
-    const auto read_some = [&](uint32_t (&b)[kStepsAtOnce][kGroups][2], int first) {
+    uint32_t operands[2][kStepsAtOnce][2];  // of these k-steps and, on their way, of the next
+    const auto read_some = [&](uint32_t (&b)[kStepsAtOnce][2], int first) {
 #pragma unroll
       for (int s = 0; s < kStepsAtOnce; s += 2) {
-        if (kLast == 0 || first + s < kRegisterSteps) read(b[s], b[s + 1], operand, depth, first + s);
+        if (kLast == 0 || first + s < kRegisterSteps) read(b[s], b[s + 1], operand, first + s);
       }
     };
     read_some(operands[0], 0);
@@ -65,45 +63,37 @@ class Product {
     }
 #pragma unroll 1
     for (int first = kRegisterSteps + kRegisterSteps % 2; first < used; first += 2) {
-      uint32_t b[2][kGroups][2];
-      read(b[0], b[1], operand, depth, first);
+      uint32_t b[2][2];
+      read(b[0], b[1], operand, first);
 #pragma unroll
       for (int s = 0; s < 2; ++s) add_shared(sums[s % kChains], first + s - kRegisterSteps, b[s]);
     }
 #pragma unroll
-    for (int i = 0; i < kTiles * kGroups * 4; ++i) {
-      const int m = i / (kGroups * 4), q = i / 4 % kGroups;
-      out[m][q][i % 4] = sums[0][m][q][i % 4];
+    for (int i = 0; i < kTiles * 4; ++i) {
+      out[i / 4][i % 4] = sums[0][i / 4][i % 4];
       if constexpr (kChains == 2) {
-        out[m][q][i % 4] += sums[1][m][q][i % 4];
+        out[i / 4][i % 4] += sums[1][i / 4][i % 4];
       }
     }
   }
 
  private:
-  static constexpr int kChains = chains_of(kTiles, kGroups);
+  static constexpr int kChains = chains_of(kTiles, 1);
 
-  // Two k-steps of every group of the batch.
-  static GPU_FN void read(uint32_t (&even)[kGroups][2], uint32_t (&odd)[kGroups][2], const T* operand, int depth,
-                          int first) {
+  // Two k-steps.
+  static GPU_FN void read(uint32_t (&even)[2], uint32_t (&odd)[2], const T* operand, int first) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll
-    for (int q = 0; q < kGroups; ++q) {
-      uint32_t r[4];
-      gpu::ldmatrix_transposed<4>(r, operand + (q * depth + first * 16 + lane) * kMatrixColumns);
-      even[q][0] = r[0], even[q][1] = r[1], odd[q][0] = r[2], odd[q][1] = r[3];
-    }
+    uint32_t r[4];
+    gpu::ldmatrix_transposed<4>(r, operand + (first * 16 + lane) * kMatrixColumns);
+    even[0] = r[0], even[1] = r[1], odd[0] = r[2], odd[1] = r[3];
   }
-  static GPU_FN void add(Sums& sums, const uint32_t (&a)[kTiles][4], const uint32_t (&b)[kGroups][2]) {
+  static GPU_FN void add(Sums& sums, const uint32_t (&a)[kTiles][4], const uint32_t (&b)[2]) {
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-      for (int q = 0; q < kGroups; ++q) gpu::mma_m16n8k16<T>(sums[m][q], a[m], b[q]);
-    }
+    for (int m = 0; m < kTiles; ++m) gpu::mma_m16n8k16<T>(sums[m], a[m], b);
   }
 
   // A k-step whose fragments are in shared memory, the i-th of those.
-  GPU_FN void add_shared(Sums& sums, int i, const uint32_t (&b)[kGroups][2]) const {
+  GPU_FN void add_shared(Sums& sums, int i, const uint32_t (&b)[2]) const {
     uint32_t a[kTiles][4];
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
@@ -123,79 +113,60 @@ class Turn {
  public:
   // rank: of the block in its cluster; bars: [2], behind the rest of `shared`.
   GPU_FN Turn(const CudaPlan& plan, int rank, unsigned char* shared, uint64_t* bars)
-      : exchange_(plan.exchange), owner_(rank < plan.owners), shared_(shared), bars_(bars) {
-    if (exchange_ == Exchange::kAsync && threadIdx.x == 0) {
+      : async_(plan.exchange == Exchange::kAsync),
+        owner_(rank < plan.owners),
+        expects_(async_ && owner_ && threadIdx.x == 0),
+        shared_(shared),
+        bars_(bars),
+        place_of_bars_(static_cast<int>(reinterpret_cast<unsigned char*>(bars) - shared)) {
+    if (async_ && threadIdx.x == 0) {
       gpu::mbarrier_init(bars, 1);
       gpu::mbarrier_init(bars + 1, 1);
     }
   }
   // Before the first step: what a block has prepared for itself is there, and all blocks of the cluster run.
   GPU_FN void begin() const {
-    if (exchange_ == Exchange::kBlock) {
-      gpu::syncthreads();
-    } else {
+    if (async_) {
       gpu::cluster_sync();
-    }
-  }
-  // What comes for step s will have so many bytes.
-  GPU_FN void expect(int s, unsigned bytes) const {
-    if (exchange_ == Exchange::kAsync && owner_ && threadIdx.x == 0) gpu::mbarrier_arrive_expect(bar(s), bytes);
-  }
-  // Before and after what does not depend on the others.
-  GPU_FN void arrive() const {
-    if (exchange_ == Exchange::kClusterBarrier) gpu::cluster_arrive();
-  }
-  GPU_FN void wait(int s) const {
-    if (exchange_ == Exchange::kBlock) {
+    } else {
       gpu::syncthreads();
-    } else if (exchange_ == Exchange::kAsync) {
-      if (owner_) gpu::mbarrier_wait(bar(s), static_cast<unsigned>((s - 1) / 2 % 2));
-    } else {
-      gpu::cluster_wait();
     }
   }
-  // The shared memory of block `to`. Asked for once, where that does not change.
+  // What comes for step s will have so many bytes; some of them may be there already.
+  GPU_FN void expect(int s, unsigned bytes) const {
+    if (expects_) gpu::mbarrier_arrive_expect(bars_ + s % 2, bytes);
+  }
+  // For all that was sent.
+  GPU_FN void wait(int s) const {
+    if (!async_) {
+      gpu::syncthreads();
+    } else if (owner_) {  // to a block without units nobody sends
+      gpu::mbarrier_wait_block(bars_ + s % 2, static_cast<unsigned>((s - 1) / 2 % 2));
+    }
+  }
+  // The shared memory of block `to`.
   GPU_FN gpu::ClusterAddress peer(int to) const {
-    return exchange_ == Exchange::kBlock ? gpu::ClusterAddress{0} : gpu::cluster_map(shared_, to);
+    return async_ ? gpu::cluster_map(shared_, to) : gpu::ClusterAddress{0};
   }
-  // One value for a peer, at the place of `own` there, needed in step s.
-  template <class V>
-  GPU_FN void send(V* own, V value, gpu::ClusterAddress peer, int s) const {
-    if (exchange_ == Exchange::kBlock) {
-      *own = value;
-    } else if (exchange_ == Exchange::kAsync) {
-      gpu::st_async(peer + offset(own), value, peer + offset(bar(s)));
-    } else {
-      gpu::remote_store(peer + offset(own), value);
-    }
-  }
-  // The same for the first `count` of some peers.
+  // One value for each of the first `count` peers, at that place of their shared memory, in bytes; needed in step s.
   template <class V, int kMost>
-  GPU_FN void send_each(V* own, V value, const gpu::ClusterAddress (&peers)[kMost], int count, int s) const {
-    if (exchange_ == Exchange::kAsync) {
-      const int to = offset(own), at = offset(bar(s));
+  GPU_FN void send(int place, V value, const gpu::ClusterAddress (&peers)[kMost], int count, int s) const {
+    if (async_) {
+      const int at = place_of_bars_ + s % 2 * 8;
 #pragma unroll
       for (int i = 0; i < kMost; ++i) {
-        if (i < count) gpu::st_async(peers[i] + to, value, peers[i] + at);
+        gpu::st_async(peers[i] + place, value, peers[i] + at, i < count);
       }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kMost; ++i) {
-        if (i < count) send(own, value, peers[i], s);
-      }
+    } else if (count > 0) {
+      *reinterpret_cast<V*>(shared_ + place) = value;
     }
   }
 
  private:
-  GPU_FN int offset(const void* own) const {
-    return static_cast<int>(static_cast<const unsigned char*>(own) - shared_);
-  }
-  // Steps 1, 3, 5... have the second, 2, 4, 6... the first.
-  GPU_FN uint64_t* bar(int s) const { return bars_ + s % 2; }
-  Exchange exchange_;
-  bool owner_;  // to a block without units nobody sends
+  bool async_, owner_, expects_;
   unsigned char* shared_;
-  uint64_t* bars_;
+  uint64_t* bars_;  // steps 1, 3, 5... have the second, 2, 4, 6... the first
+  int place_of_bars_;  // from `shared` on, in bytes
 };
 
 }  // namespace fastrnn

@@ -17,6 +17,9 @@ struct PersistentScan {
   // [T] on the device, of a packed batch, else null: the row of (t, n) is offset[t] + n * batch_stride. There is none beyond
   // the row's length, which the table has; and the first row of the batch is the longest, as in every slice of it.
   const int64_t* offset = nullptr;
+  // All rows of the batch have all steps, none begins anew on the way, and the data are not packed: there are kernels for
+  // that alone.
+  bool even = false;
 };
 
 // Writes `count` numbers of the host to the device's memory. They travel as arguments of kernels: nothing waits, and a
@@ -25,10 +28,10 @@ void copy_numbers(const int64_t* from, int64_t count, int64_t* to, void* stream)
 
 // Whether the device runs such a launch at all: it is asked, since what a cluster finds free depends on more than its
 // numbers (MIG, other contexts). For Tier::kBlock true.
-bool can_run_forward(CellKind kind, Storage storage, const CudaPlan& plan);
-bool can_run_backward(CellKind kind, Storage storage, const CudaPlan& plan);
-bool can_run_grid_forward(CellKind kind, Storage storage, const CudaPlan& plan);
-bool can_run_grid_backward(CellKind kind, Storage storage, const CudaPlan& plan);
+bool can_run_forward(CellKind kind, Storage storage, const PersistentScan& scan);
+bool can_run_backward(CellKind kind, Storage storage, const PersistentScan& scan);
+bool can_run_grid_forward(CellKind kind, Storage storage, const PersistentScan& scan);
+bool can_run_grid_backward(CellKind kind, Storage storage, const PersistentScan& scan);
 
 // Of the parameters, `recurrent`, `hidden`, `state`, `activation` and `product` (what lives between launches) are not
 // used, nor are the steps of the table. On `stream`, without waiting for it.

@@ -7,11 +7,11 @@ namespace {
 struct Kernels {
   using Kernel = PersistentKernel<StepBackward>;
 
-  template <class Cell, class T, int kTiles = 2>
+  template <class Cell, class T, bool kEven, int kTiles = 2>
   static Kernel of(const CudaPlan& plan) {
-    if (plan.row_tiles == kTiles) return persistent_backward_kernel<Cell, T, kTiles, 1>;
+    if (plan.row_tiles == kTiles) return persistent_backward_kernel<Cell, T, kTiles, kEven>;
     if constexpr (kTiles < most_backward_tiles(Cell::kGates)) {
-      return of<Cell, T, kTiles + 2>(plan);
+      return of<Cell, T, kEven, kTiles + 2>(plan);
     }
     return nullptr;
   }
@@ -19,13 +19,13 @@ struct Kernels {
 
 }  // namespace
 
-bool can_run_backward(CellKind kind, Storage storage, const CudaPlan& plan) {
-  return can_run(choose_kernel<Kernels>(kind, storage, plan), plan);
+bool can_run_backward(CellKind kind, Storage storage, const PersistentScan& scan) {
+  return can_run(choose_kernel<Kernels>(kind, storage, scan), scan.plan);
 }
 
 void persistent_backward(CellKind kind, Storage storage, const StepBackward& params, const PersistentScan& scan,
                          void* stream) {
-  run_scan(choose_kernel<Kernels>(kind, storage, scan.plan), traits(kind).gates, params, scan, stream);
+  run_scan(choose_kernel<Kernels>(kind, storage, scan), traits(kind).gates, params, scan, stream);
 }
 
 }  // namespace fastrnn

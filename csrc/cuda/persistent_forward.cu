@@ -8,23 +8,23 @@ namespace {
 struct Kernels {
   using Kernel = void (*)(PersistentForward);
 
-  template <class Cell, class T>
+  template <class Cell, class T, bool kEven>
   static Kernel of(const CudaPlan& plan) {
     constexpr int kNarrow = narrow_octets(Cell::kGates);
-    return plan.octets == kNarrow ? persistent_forward_kernel<Cell, T, kNarrow, 1>
-                                  : persistent_forward_kernel<Cell, T, widest_octets(Cell::kGates), 1>;
+    return plan.octets == kNarrow ? persistent_forward_kernel<Cell, T, kNarrow, kEven>
+                                  : persistent_forward_kernel<Cell, T, widest_octets(Cell::kGates), kEven>;
   }
 };
 
 }  // namespace
 
-bool can_run_forward(CellKind kind, Storage storage, const CudaPlan& plan) {
-  return can_run(choose_kernel<Kernels>(kind, storage, plan), plan);
+bool can_run_forward(CellKind kind, Storage storage, const PersistentScan& scan) {
+  return can_run(choose_kernel<Kernels>(kind, storage, scan), scan.plan);
 }
 
 void persistent_forward(CellKind kind, Storage storage, const StepForward& params, const PersistentScan& scan,
                         void* stream) {
-  run_scan(choose_kernel<Kernels>(kind, storage, scan.plan), traits(kind).gates, params, scan, stream);
+  run_scan(choose_kernel<Kernels>(kind, storage, scan), traits(kind).gates, params, scan, stream);
 }
 
 }  // namespace fastrnn

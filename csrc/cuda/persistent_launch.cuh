@@ -39,17 +39,23 @@ void run_scan(PersistentKernel<Step> kernel, int gates, const Step& step, const 
                       static_cast<size_t>(plan.shared_bytes), static_cast<cudaStream_t>(stream), params);
 }
 
-// The kernel of a cell and a 16-bit type: Kernels::of<Cell, T>(plan), a Kernels::Kernel.
-template <class Kernels, class T, class... Cells>
+// The kernel of a cell and a type: Kernels::of<Cell, T, kEven>(plan), a Kernels::Kernel.
+template <class Kernels, class T, bool kEven, class... Cells>
 typename Kernels::Kernel kernel_among(CellKind kind, const CudaPlan& plan, CellList<Cells...>) {
   using Choose = typename Kernels::Kernel (*)(const CudaPlan&);
-  static constexpr Choose kChoose[] = {Kernels::template of<Cells, T>...};
+  static constexpr Choose kChoose[] = {Kernels::template of<Cells, T, kEven>...};
   return kChoose[static_cast<int>(kind)](plan);
 }
+template <class Kernels, class T>
+typename Kernels::Kernel kernel_of(CellKind kind, const PersistentScan& scan) {
+  return scan.even ? kernel_among<Kernels, T, true>(kind, scan.plan, AllCells())
+                   : kernel_among<Kernels, T, false>(kind, scan.plan, AllCells());
+}
+// Among the 16-bit types.
 template <class Kernels>
-typename Kernels::Kernel choose_kernel(CellKind kind, Storage storage, const CudaPlan& plan) {
-  return storage == Storage::kHalf ? kernel_among<Kernels, __half>(kind, plan, AllCells())
-                                   : kernel_among<Kernels, __nv_bfloat16>(kind, plan, AllCells());
+typename Kernels::Kernel choose_kernel(CellKind kind, Storage storage, const PersistentScan& scan) {
+  return storage == Storage::kHalf ? kernel_of<Kernels, __half>(kind, scan)
+                                   : kernel_of<Kernels, __nv_bfloat16>(kind, scan);
 }
 
 }  // namespace fastrnn

@@ -12,6 +12,10 @@
 namespace fastrnn {
 namespace {
 
+// A GEMM of cuBLAS adds term after term to one float32, and errs by more the more there are: where that is so, sums of
+// float32 are made of several GEMMs.
+bool sums_are_short(const Tensor& t) { return t.is_cuda() && t.scalar_type() == at::kFloat; }
+
 // Weight gradients: a product over all rows, or over the rows of each of `groups` blocks of the batch.
 class Reduction {
  public:
@@ -30,7 +34,7 @@ class Reduction {
       for (const Tensor& part : parts) products.push_back(outer(part, terms.at(0).x));
       return products.size() == 1 ? products[0] : at::cat(products, 1);
     }
-    if (terms.at(0).x.is_cuda()) terms = in_short_sums(terms);
+    if (sums_are_short(terms.at(0).x)) terms = in_short_sums(terms);
     // in place: for one step a copy or a sum of such matrices costs as much as the product
     int64_t width = 0, at = 0;
     for (const Tensor& part : parts) width += part.size(1);
@@ -69,13 +73,12 @@ class Reduction {
   }
 
  private:
-  // A GEMM of cuBLAS adds row after row to one float32, and errs by more the more there are; torch's LSTM adds up by steps.
   static std::vector<Term> in_short_sums(const std::vector<Term>& terms) {
-    constexpr int64_t kRows = 256, kMost = 8;  // of one sum at least; sums of a term
+    constexpr int64_t kRows = 128, kMost = 8;  // of one sum at least; sums of a term
     std::vector<Term> all;
     for (const Term& term : terms) {
       const int64_t rows = term.x.size(0);
-      const int64_t sums = term.x.scalar_type() == at::kFloat ? std::clamp<int64_t>(rows / kRows, 1, kMost) : 1;
+      const int64_t sums = std::clamp<int64_t>(rows / kRows, 1, kMost);
       for (int64_t i = 0; i < sums; ++i) {
         const int64_t begin = rows * i / sums, end = rows * (i + 1) / sums;
         all.push_back({term.first + begin, term.x.narrow(0, begin, end - begin)});
@@ -94,6 +97,22 @@ class Reduction {
   bool batch_first_;
   int64_t groups_;
 };
+
+void add_product(Tensor& sum, const Tensor& grad, const Tensor& w) {
+  if (sum.defined()) {
+    sum.addmm_(grad, w);
+  } else {
+    sum = at::mm(grad, w);
+  }
+}
+// sum += grad w, with grad [rows, G H] and w [G H, I]; an undefined sum is zero. Short sums are those of a gate.
+void add_product(Tensor& sum, const Tensor& grad, const Tensor& w, int gates) {
+  if (!sums_are_short(grad)) return add_product(sum, grad, w);
+  const int64_t units = w.size(0) / gates;
+  for (int64_t row = 0; row < w.size(0); row += units) {
+    add_product(sum, grad.narrow(1, row, units), w.narrow(0, row, units));
+  }
+}
 
 Tensor allocate(std::vector<int64_t> rows, int64_t last, const at::TensorOptions& options) {
   rows.push_back(last);
@@ -155,10 +174,7 @@ Tensors layer_gradients(const BackwardArguments& a, const ScanGradients& scan, c
   for (int d = 0; d < l.directions; ++d) {
     const DirectionGradients& g = scan.each[d];
     const auto weight = [&](int index) -> Tensor& { return result[1 + a.hx.size() + index]; };
-    if (a.wants_input()) {
-      result[0] = d == 0 ? at::mm(g.input_gates, a.weights[l.w_ih(d)])
-                         : result[0].addmm_(g.input_gates, a.weights[l.w_ih(d)]);
-    }
+    if (a.wants_input()) add_product(result[0], g.input_gates, a.weights[l.w_ih(d)], cell.gates);
     if (a.wants_weight(l.w_ih(d))) weight(l.w_ih(d)) = reduction.outer(g.input_gates, a.input);
     if (a.wants_weight(l.w_hh(d))) {
       std::vector<Reduction::Term> states{{g.previous_first, g.previous}};

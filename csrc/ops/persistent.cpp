@@ -67,10 +67,11 @@ bool run(CellKind kind, Storage storage, const Gpu& gpu, const Layout& l, const 
   PersistentScan scan;
   scan.plan = plan_of(kind, storage, gpu.device, p);
   if (scan.plan.tier == Tier::kStepwise || !rows_fit(p.table)) return false;
+  scan.even = p.table.lengths == nullptr && p.table.reset == nullptr && packed == nullptr;
   const bool grid = scan.plan.tier == Tier::kGrid;
   const auto can_run = kBackward ? (grid ? can_run_grid_backward : can_run_backward)
                                  : (grid ? can_run_grid_forward : can_run_forward);
-  if (falls_back(scan.plan, can_run(kind, storage, scan.plan))) return false;
+  if (falls_back(scan.plan, can_run(kind, storage, scan))) return false;
 
   for (int d = 0; d < l.directions; ++d) scan.weights[d] = weights[l.w_hh(d)].const_data_ptr();
   scan.step_stride = step_stride;

@@ -90,7 +90,7 @@ void check_fits(const CudaPlan& plan, const CudaProblem& p, const CudaDevice& de
   const int64_t columns = int64_t{8} * plan.batch_groups;
   if (p.backward) {
     CHECK(plan.depth >= p.gates * plan.units && int64_t{plan.warps} * plan.row_tiles * 16 >= p.units);
-    CHECK(int64_t{plan.units} * columns <= int64_t{plan.threads} * elements_of_thread(plan.batch_groups));
+    CHECK(int64_t{plan.units} * columns <= int64_t{plan.threads} * kElementsOfThread);
     const int64_t inboxes = 2 * int64_t{plan.owners} * plan.units * columns * 4;
     CHECK(plan.shared_bytes >= held + inboxes + 2 * plan.depth * columns * 2 + plan.units * columns * 4 + 16);
   } else {
@@ -226,7 +226,7 @@ void test_tuned_rows() {
 
     // a row that no alternative has any more chooses nothing
     for (const char* stale : {"cluster,async,32,8,2", "block,block,1,8,2", "cluster,async,16,24,2",
-                              "cluster,async,16,8,3", "cluster,cluster barrier,2,8,16"}) {
+                              "cluster,async,16,8,3", "cluster,block,2,8,16"}) {
       const TunedPlans tuned(table_of(key + stale + "\n"));
       CHECK(tuned.find(lstm, h200) != nullptr);
       CHECK(same(plan_cuda(lstm, h200, "auto", &tuned), best));
@@ -341,10 +341,6 @@ void test_plan_cuda() {
     CHECK(one.cluster == plans[k].cluster && one.exchange == plans[k].exchange && one.octets == plans[k].octets);
   }
   CHECK(plan_cuda(lstm, h200, "persistent:" + std::to_string(plans.size())).tier == Tier::kStepwise);
-  // both exchanges are there for every cluster, and the one with the cluster's barrier is the slower
-  CHECK(std::count_if(plans.begin(), plans.end(), [](const CudaPlan& p) { return p.exchange == Exchange::kAsync; }) ==
-        std::count_if(plans.begin(), plans.end(),
-                      [](const CudaPlan& p) { return p.exchange == Exchange::kClusterBarrier; }));
   for (const char* wrong : {"", "fast", "persistent:", "persistent:x", "persistent:-1", "stepwise:0"}) {
     bool refused = false;
     try {

@@ -335,7 +335,16 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float reciprocal_approx(float x) { return 1.0f / x; }
-inline float tanh_approx(float x) { return std::tanh(x); }
+inline float tanh_approx(float x) {  // to 11 bits, as the hardware's error may be
+  uint32_t bits;
+  const float y = std::tanh(x);
+  memcpy(&bits, &y, sizeof bits);
+  constexpr uint32_t kDropped = (1u << 13) - 1;
+  if (!std::isnan(y)) bits = (bits + kDropped / 2) & ~kDropped;
+  float rounded;
+  memcpy(&rounded, &bits, sizeof rounded);
+  return rounded;
+}
 
 // --- Clusters ---------------------------------------------------------------------------------------------------------
 
@@ -369,9 +378,10 @@ inline bool mbarrier_try_wait_block(uint64_t* barrier, unsigned parity, Location
   return mbarrier_try_wait(barrier, parity, at);
 }
 template <class T>
-void st_async(ClusterAddress to, T value, ClusterAddress barrier, Location at = Location::current()) {
+void st_async(ClusterAddress to, T value, ClusterAddress barrier, bool wanted = true,
+              Location at = Location::current()) {
   static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint2> || std::is_same_v<T, uint4>);
-  cusim::st_async(to.value, &value, sizeof value, barrier.value, at);
+  if (wanted) cusim::st_async(to.value, &value, sizeof value, barrier.value, at);
 }
 void bulk_load(void* shared, const void* global, unsigned bytes, uint64_t* barrier, Location at = Location::current());
 

@@ -59,7 +59,7 @@ CudaPlan plan_of(const Case& c, bool backward) {
   throw std::runtime_error("no such plan");
 }
 
-template <class Cell>
+template <class Cell, bool kEven>
 void layer(const Case& c) {
   const int gates = Cell::kGates, directions = c.number("directions");
   const int64_t units = c.number("units");
@@ -87,10 +87,10 @@ void layer(const Case& c) {
   };
   if (grid) {
     nothing_yet();
-    fastrnn::run_grid(fastrnn::grid_forward_kernel<Cell, bf16, 1, 1>, f, scan, nullptr);
+    fastrnn::run_grid(fastrnn::grid_forward_kernel<Cell, bf16, 1, 1, kEven>, f, scan, nullptr);
   } else {
-    fastrnn::run_scan(fastrnn::persistent_forward_kernel<Cell, bf16, fastrnn::narrow_octets(Cell::kGates), 1>, gates, f,
-                      scan, nullptr);
+    fastrnn::run_scan(fastrnn::persistent_forward_kernel<Cell, bf16, fastrnn::narrow_octets(Cell::kGates), kEven>,
+                      gates, f, scan, nullptr);
   }
 
   fastrnn::StepBackward b;
@@ -110,14 +110,24 @@ void layer(const Case& c) {
   scan.plan = plan_of(c, true);
   if (grid) {
     nothing_yet();
-    fastrnn::run_grid(fastrnn::grid_backward_kernel<Cell, bf16, 1, 1>, b, scan, nullptr);
+    fastrnn::run_grid(fastrnn::grid_backward_kernel<Cell, bf16, 1, 1, kEven>, b, scan, nullptr);
   } else {
-    fastrnn::run_scan(fastrnn::persistent_backward_kernel<Cell, bf16, 2, 1>, gates, b, scan, nullptr);
+    fastrnn::run_scan(fastrnn::persistent_backward_kernel<Cell, bf16, 2, kEven>, gates, b, scan, nullptr);
+  }
+}
+
+// By the kernels for any rows, or where all rows have all steps by those for that.
+template <class Cell>
+void layer_of(const Case& c) {
+  if (c.has("lengths") || c.has("reset") || c.has("offset")) {
+    layer<Cell, false>(c);
+  } else {
+    layer<Cell, true>(c);
   }
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  return program::run(argc, argv, {{"lstm", layer<fastrnn::LstmCell<>>}, {"gru", layer<fastrnn::GruCell<>>}});
+  return program::run(argc, argv, {{"lstm", layer_of<fastrnn::LstmCell<>>}, {"gru", layer_of<fastrnn::GruCell<>>}});
 }
