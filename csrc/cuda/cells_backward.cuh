@@ -17,7 +17,15 @@ class BackwardCells {
   // first_unit of the block; first_row of the slice of the batch; carry: shared [units * 8 * kGroups], what flows to the
   // step before element by element.
   GPU_FN BackwardCells(const Params& params, int first_unit, int first_row, float* carry)
-      : p_(params.step), time_(params), units_(params.plan.units), first_unit_(first_unit) {
+      : p_(params.step),
+        time_(params),
+        units_(params.plan.units),
+        first_unit_(first_unit),
+        stride_(time_.stride(true)),
+        has_grad_output_(p_.grad_output != nullptr),
+        has_grad_cells_(p_.grad_cells != nullptr),
+        wants_previous_(p_.previous != nullptr),
+        wants_recurrent_(p_.grad_recurrent != nullptr) {
     take(first_row, carry);
   }
 
@@ -26,7 +34,7 @@ class BackwardCells {
     first_row_ = first_row, carry_ = carry;
 #pragma unroll
     for (int i = 0; i < kMost; ++i) {
-      row_[i] = 0;
+      row_[i] = 0, reserve_[i] = static_cast<const float*>(p_.reserve), gates_[i] = static_cast<T*>(p_.grad_gates);
       length_[i] = exists(i) && unit(i) < p_.units ? time_.length(n(i)) : -1;
     }
   }
@@ -42,49 +50,59 @@ class BackwardCells {
 
   // Goes to step t, from anywhere or, if data are not packed, from the step after.
   GPU_FN void seek(int t) {
-    each([&](int i) { row_[i] = t < length_[i] || !time_.packed() ? time_.row(t, n(i)) : 0; });
+    each([&](int i) {
+      row_[i] = t < length_[i] || !time_.packed() ? time_.row(t, n(i)) : 0;
+      reserve_[i] = reserve_of(row_[i], i);
+      gates_[i] = static_cast<T*>(p_.grad_gates) +
+                  time_.of_direction(row_[i], static_cast<unsigned>(kGates * p_.units), static_cast<unsigned>(unit(i)));
+    });
   }
   GPU_FN void move(int t) {
     if (time_.packed()) {
       seek(t);
     } else {
 #pragma unroll
-      for (int i = 0; i < kMost; ++i) row_[i] += static_cast<unsigned>(time_.stride(true));
+      for (int i = 0; i < kMost; ++i) {
+        row_[i] += static_cast<unsigned>(stride_);
+        reserve_[i] += stride_ * p_.reserve_stride;
+        gates_[i] += stride_ * (kGates * p_.units);
+      }
     }
   }
 
   // What step t, where the cells are, reads of the device's memory; what the step before it reads begins its way to L2.
   GPU_FN void load(int t) {
-    const bool reverse = time_.reverse();
-    const unsigned width = static_cast<unsigned>(p_.reserve_stride);
     const int units = static_cast<int>(p_.units);
-    const int ahead = reverse ? t + 1 : t - 1;  // the step before in the direction of the data too
-    const auto* const reserve = static_cast<const float*>(p_.reserve);
+    const int ahead = time_.reverse() ? t + 1 : t - 1;  // the step before in the direction of the data too
     each([&](int i) {
       if (!time_.valid(t, length_[i])) return;
+      const unsigned at = static_cast<unsigned>(unit(i));
       const bool some = ahead >= 0 && ahead < length(i);
-      const unsigned row = row_[i];
-      const unsigned stride = static_cast<unsigned>(time_.stride(true));
-      const unsigned then = !some ? row : time_.packed() ? time_.row(ahead, n(i)) : row + stride;
-      const float* const before = reserve + time_.of_direction(then, width, unit(i));
-      if (element(i).u % 8 < kSaved && some) {  // 8 numbers are a sector
-        const int own = element(i).u % 8;
+      const float* before = reserve_[i];
+      unsigned then = row_[i];
+      if (some && time_.packed()) {
+        then = time_.row(ahead, n(i));
+        before = reserve_of(then, i);
+      } else if (some) {
+        then += static_cast<unsigned>(stride_);
+        before += stride_ * p_.reserve_stride;
+      }
+      const uint64_t rows_before = time_.of_rows(then, at);
+      if (const int own = element(i).u % 8; own < kSaved && some) {  // 8 numbers are a sector
         gpu::prefetch_l2(before + own * (units - 1));
-        if (own == 0 && p_.grad_output != nullptr)
-          gpu::prefetch_l2(static_cast<const T*>(p_.grad_output) + time_.of_rows(then, unit(i)));
+        if (own == 0 && has_grad_output_) gpu::prefetch_l2(static_cast<const T*>(p_.grad_output) + rows_before);
       }
       // nothing here uses what it loads, so nothing waits: what is not meant to be seen, compute does not look at
-      const float* const from = reserve + time_.of_direction(row, width, unit(i));
 #pragma unroll
-      for (int k = 0; k < kSaved; ++k) saved_[i][k] = from[k * units];
-      const uint64_t of_rows = time_.of_rows(row, unit(i));
-      grad_output_[i] = raw(p_.grad_output, of_rows);
-      if (kState == ElementState::kHidden || p_.previous != nullptr) {
-        h_before_[i] = raw(p_.output, time_.of_rows(then, unit(i)));
+      for (int k = 0; k < kSaved; ++k) saved_[i][k] = reserve_[i][k * units];
+      const uint64_t of_rows = time_.of_rows(row_[i], at);
+      grad_output_[i] = has_grad_output_ ? static_cast<const T*>(p_.grad_output)[of_rows] : gpu::from_float<T>(0.f);
+      if (kState == ElementState::kHidden || wants_previous_) {
+        h_before_[i] = static_cast<const T*>(p_.output)[rows_before];
       }
       if constexpr (kState == ElementState::kCell) {
         c_before_[i] = before[(kSaved - 1) * units];
-        grad_cells_[i] = raw(p_.grad_cells, of_rows);
+        grad_cells_[i] = has_grad_cells_ ? static_cast<const T*>(p_.grad_cells)[of_rows] : gpu::from_float<T>(0.f);
       }
     });
   }
@@ -151,21 +169,19 @@ class BackwardCells {
 
   // Step t's results, to the caller, where the cells are.
   GPU_FN void store(int t) const {
-    const int units = static_cast<int>(p_.units), width = kGates * units;
+    const int units = static_cast<int>(p_.units);
     each([&](int i) {
       const bool valid = time_.valid(t, length_[i]);
       if (length_[i] < 0 || (time_.packed() && !valid)) return;
-      const unsigned row = row_[i];
-      if (p_.previous != nullptr) {
-        const uint64_t at = time_.of_direction(row, units, unit(i));
-        static_cast<T*>(p_.previous)[at] = h_entered_[i];
+      if (wants_previous_) {
+        static_cast<T*>(p_.previous)[time_.of_direction(row_[i], units, unit(i))] = h_entered_[i];
       }
-      const uint64_t at = time_.of_direction(row, width, unit(i));
 #pragma unroll
-      for (int g = 0; g < kGates; ++g) static_cast<T*>(p_.grad_gates)[at + g * units] = of_input_[i][g];
-      if (p_.grad_recurrent != nullptr) {
+      for (int g = 0; g < kGates; ++g) gates_[i][g * units] = of_input_[i][g];
+      if (wants_recurrent_) {
+        T* const recurrent = static_cast<T*>(p_.grad_recurrent) + (gates_[i] - static_cast<T*>(p_.grad_gates));
 #pragma unroll
-        for (int g = 0; g < kGates; ++g) static_cast<T*>(p_.grad_recurrent)[at + g * units] = of_recurrent_[i][g];
+        for (int g = 0; g < kGates; ++g) recurrent[g * units] = of_recurrent_[i][g];
       }
     });
   }
@@ -195,6 +211,10 @@ class BackwardCells {
   }
   GPU_FN int unit(int i) const { return first_unit_ + element(i).u; }
   GPU_FN int n(int i) const { return first_row_ + element(i).column; }
+  GPU_FN const float* reserve_of(unsigned row, int i) const {
+    return static_cast<const float*>(p_.reserve) +
+           time_.of_direction(row, static_cast<unsigned>(p_.reserve_stride), static_cast<unsigned>(unit(i)));
+  }
   // Of a valid row.
   GPU_FN int length(int i) const { return kEven ? static_cast<int>(p_.table.steps) : length_[i]; }
   GPU_FN float& carried(int i) const { return carry_[index(i)]; }
@@ -203,10 +223,14 @@ class BackwardCells {
   const StepBackward& p_;
   const Timeline<StepBackward, kEven> time_;
   const int units_, first_unit_;
+  const int64_t stride_;  // rows to the step before
+  const bool has_grad_output_, has_grad_cells_, wants_previous_, wants_recurrent_;
   int first_row_;
   float* carry_;
   int length_[kMost];  // -1 beyond the batch and beyond the units
   unsigned row_[kMost];  // of the step
+  const float* reserve_[kMost];  // of the step, at the unit; gates_ too
+  T* gates_[kMost];
   float saved_[kMost][kSaved], c_before_[kMost];
   T grad_output_[kMost], grad_cells_[kMost], h_before_[kMost];
   T of_input_[kMost][kGates], of_recurrent_[kMost][kGates], h_entered_[kMost];  // what compute found
