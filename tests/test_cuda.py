@@ -296,6 +296,18 @@ def test_side_stream(cuda):
     assert torch.equal(found, expected)
 
 
+@parametrize(
+    [
+        Case("gru", steps=39, batch=14, inputs=3, hidden=5, bidirectional=True),
+        Case("lstm", steps=2, batch=257, inputs=3, hidden=513, bidirectional=True),
+    ]
+)
+def test_gradients_in_short_sums(case, device):
+    """Of float32: over 546 rows, which are not a multiple of the sums; of weights by one product, and of larger ones by
+    several; over 2,052 columns, added to those of the first direction."""
+    compare(case, "one thread", device)
+
+
 @pytest.mark.cuda
 @parametrize(
     [

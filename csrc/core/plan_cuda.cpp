@@ -203,8 +203,7 @@ std::vector<CudaPlan> persistent_plans(const CudaProblem& p, const CudaDevice& d
     if (p.backward) {
       for (int tiles = 2; tiles <= most_backward_tiles(p.gates); tiles += 2) add(cluster, 0, tiles);
     } else {
-      const int narrow = narrow_octets(p.gates);
-      for (int octets = narrow; octets <= widest_octets(p.gates); octets *= 2) {
+      for (const int octets : {kNarrowOctets, widest_octets(p.gates)}) {
         add(cluster, octets, row_tiles_of(p.gates, octets));
       }
     }

@@ -97,11 +97,12 @@ constexpr int kFragmentBytes = 512;  // of weights: 16 rows, 16 columns
 
 // Row tiles that hold all gates of `octets` groups of 8 units: a tile has two halves of 8 rows, one gate of a group each.
 constexpr int row_tiles_of(int gates, int octets) { return (gates * octets + 1) / 2; }
-// The fewest groups whose gates fill whole tiles.
-constexpr int narrow_octets(int gates) { return gates % 2 == 0 ? 1 : 2; }
-// Two groups of units a half tile each give a warp fewer reads of h for the same weights, as far as registers go.
+// Groups of a warp, forward. One, though an odd number of gates then leaves half a tile empty: a step is as long as the
+// cells of a lane. Or as many as fill whole tiles, and twice as many where these are 4 at most: fewer warps hold more units.
+constexpr int kNarrowOctets = 1;
 constexpr int widest_octets(int gates) {
-  return row_tiles_of(gates, 2 * narrow_octets(gates)) <= 4 ? 2 * narrow_octets(gates) : narrow_octets(gates);
+  const int whole = gates % 2 == 0 ? 1 : 2;
+  return row_tiles_of(gates, 2 * whole) <= 4 ? 2 * whole : whole;
 }
 // An mma waits for the one before it that has the same sums: few tiles get two sets.
 constexpr int chains_of(int row_tiles, int batch_groups) { return row_tiles * batch_groups < 4 ? 2 : 1; }
@@ -122,8 +123,11 @@ constexpr int product_steps(int64_t columns, int register_steps) {
   return pairs >= register_steps ? pairs : (pairs + kStepsAtOnce - 1) / kStepsAtOnce * kStepsAtOnce;
 }
 constexpr int forward_register_steps(int gates, int separate, int saved, int octets) {
-  const int of_cells = octets * (2 * (saved + 4) + gates + separate) + 2;  // and where L2 is to look ahead
-  return register_steps_of(row_tiles_of(gates, octets), of_cells) / 2 * 2;  // with one more, an LSTM of 16 units a warp spills
+  constexpr int kFewest = 18, kLookAhead = 2;  // of the addresses that any cell has; for what comes to L2
+  const int numbers = octets * (2 * (saved + 4) + gates + separate);
+  const int of_cells = (numbers > kFewest ? numbers : kFewest) + kLookAhead;
+  return register_steps_of(row_tiles_of(gates, octets), of_cells) / 2 *
+         2;  // with one more, an LSTM of 16 units a warp spills
 }
 // Cells and products take turns: while sums are in registers, of a cell only its results are. Few tiles need more for
 // addresses; more than 4 have RNNs alone, whose cells have one gate.

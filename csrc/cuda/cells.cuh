@@ -55,8 +55,8 @@ struct Math<Fast<T>> {
       return gpu::tanh_approx(v);
     } else {
       // Around zero the quotient would cancel; beyond 0.25 it has lost at most three bits.
-      const float near = v +
-                         v * square * (-1.f / 3 + square * (2.f / 15 + square * (-17.f / 315 + square * (62.f / 2835))));
+      const float near = v + v * square *
+                                 (-1.f / 3 + square * (2.f / 15 + square * (-17.f / 315 + square * (62.f / 2835))));
       const float far = 1.f - 2.f * gpu::reciprocal_approx(1.f + gpu::exp2_approx(2 * kLog2E * v));
       return fabsf(v) < 0.25f ? near : far;
     }

@@ -114,7 +114,7 @@ class BackwardCells {
     const bool reverse = time_.reverse();
     each([&](int i) {
       const bool valid = time_.valid(t, length_[i]);
-      T (&of_input)[kGates] = of_input_[i], (&of_recurrent)[kGates] = of_recurrent_[i];
+      T(&of_input)[kGates] = of_input_[i], (&of_recurrent)[kGates] = of_recurrent_[i];
       T& h_before = h_entered_[i];
       h_before = gpu::from_float<T>(0.f);
       bool enters = false;  // does the initial state?

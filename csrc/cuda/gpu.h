@@ -487,8 +487,8 @@ GPU_FN void st_async(ClusterAddress to, uint4 value, ClusterAddress barrier, boo
   GPU_ASM_SM90(
       "{.reg .pred p; setp.ne.u32 p, %6, 0; "
       "@p st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];}" ::"r"(
-          to.value), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier.value),
-      "r"(uint32_t{wanted}) : "memory");
+          to.value),
+      "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier.value), "r"(uint32_t{wanted}) : "memory");
 }
 // Copies global to own shared memory and counts its bytes on an own mbarrier: one thread for any size. All in multiples
 // of 16 bytes.

@@ -10,9 +10,8 @@ struct Kernels {
 
   template <class Cell, class T, bool kEven>
   static Kernel of(const CudaPlan& plan) {
-    constexpr int kNarrow = narrow_octets(Cell::kGates);
-    return plan.octets == kNarrow ? persistent_forward_kernel<Cell, T, kNarrow, kEven>
-                                  : persistent_forward_kernel<Cell, T, widest_octets(Cell::kGates), kEven>;
+    return plan.octets == kNarrowOctets ? persistent_forward_kernel<Cell, T, kNarrowOctets, kEven>
+                                        : persistent_forward_kernel<Cell, T, widest_octets(Cell::kGates), kEven>;
   }
 };
 

@@ -2,8 +2,10 @@
 
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
@@ -12,14 +14,52 @@
 namespace fastrnn {
 namespace {
 
-// A GEMM of cuBLAS adds term after term to one float32, and errs by more the more there are: where that is so, sums of
-// float32 are made of several GEMMs.
-bool sums_are_short(const Tensor& t) { return t.is_cuda() && t.scalar_type() == at::kFloat; }
+// Products of sums that were cut into short ones. A sum of some terms [A, B] by one product of all, if that is not much
+// memory: several products one after another would cost a small layer more in launches.
+constexpr int64_t kMostAtOnce = int64_t{1} << 22;  // elements
+// sum (+)= the sum over i of a[i] b[i], a [parts, A, K] and b [parts, K, B]; it has numbers if `begun`.
+void add_products(Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
+  if (a.size(0) * sum.numel() <= kMostAtOnce) {
+    const Tensor products = at::bmm(a, b);
+    if (begun) {
+      sum.add_(products.sum(0));
+    } else {
+      at::sum_out(sum, products, {0});
+    }
+    return;
+  }
+  for (int64_t i = 0; i < a.size(0); ++i) {
+    const Tensor left = a.select(0, i), right = b.select(0, i);
+    if (begun || i > 0) {
+      sum.addmm_(left, right);
+    } else {
+      at::mm_out(sum, left, right);
+    }
+  }
+}
+
+// sum (+)= grad w, with grad [rows, G H] and w [G H, I]; an undefined sum is zero. Short sums, where they are wanted at all
+// and the columns are many, are those of a gate.
+void add_product(Tensor& sum, const Tensor& grad, const Tensor& w, int gates, bool short_sums) {
+  constexpr int64_t kMany = 2048;
+  const bool begun = sum.defined();
+  if (short_sums && gates > 1 && w.size(0) >= kMany) {
+    if (!begun) sum = at::empty({grad.size(0), w.size(1)}, grad.options());
+    const int64_t units = w.size(0) / gates;
+    add_products(sum, begun, grad.view({grad.size(0), gates, units}).transpose(0, 1),
+                 w.view({gates, units, w.size(1)}));
+  } else if (begun) {
+    sum.addmm_(grad, w);
+  } else {
+    sum = at::mm(grad, w);
+  }
+}
 
 // Weight gradients: a product over all rows, or over the rows of each of `groups` blocks of the batch.
 class Reduction {
  public:
-  Reduction(const Sizes& z, bool batch_first, int64_t groups) : z_(z), batch_first_(batch_first), groups_(groups) {}
+  Reduction(const Sizes& z, bool batch_first, int64_t groups, bool short_sums)
+      : z_(z), batch_first_(batch_first), groups_(groups), short_sums_(short_sums) {}
 
   // Rows of x [rows, B], and the row of a gradient that its first belongs to.
   struct Term {
@@ -28,13 +68,12 @@ class Reduction {
   };
   // The sum over the terms of grad^T x: parts of [rows, A] in all and [rows, B] -> [A, B] or [groups, A, B], the latter
   // of one term of all rows.
-  Tensor outer(const std::vector<Tensor>& parts, std::vector<Term> terms) const {
+  Tensor outer(const std::vector<Tensor>& parts, const std::vector<Term>& terms) const {
     if (groups_ > 0) {
       Tensors products;
       for (const Tensor& part : parts) products.push_back(outer(part, terms.at(0).x));
       return products.size() == 1 ? products[0] : at::cat(products, 1);
     }
-    if (sums_are_short(terms.at(0).x)) terms = in_short_sums(terms);
     // in place: for one step a copy or a sum of such matrices costs as much as the product
     int64_t width = 0, at = 0;
     for (const Tensor& part : parts) width += part.size(1);
@@ -43,16 +82,8 @@ class Reduction {
       Tensor slice = whole.narrow(0, at, part.size(1));
       bool begun = false;
       for (const Term& term : terms) {
-        const int64_t rows = term.x.size(0);
-        if (rows == 0) continue;
-        const Tensor factor = part.narrow(0, term.first, rows).t();
-        if (begun) {
-          slice.addmm_(factor, term.x);
-        } else if (rows == 1) {
-          at::mul_out(slice, factor, term.x);  // written once; a product of one k would be prepared as one of many
-        } else {
-          at::mm_out(slice, factor, term.x);
-        }
+        if (term.x.size(0) == 0) continue;
+        add(slice, begun, part, term);
         begun = true;
       }
       if (!begun) slice.zero_();
@@ -73,19 +104,6 @@ class Reduction {
   }
 
  private:
-  static std::vector<Term> in_short_sums(const std::vector<Term>& terms) {
-    constexpr int64_t kRows = 128, kMost = 8;  // of one sum at least; sums of a term
-    std::vector<Term> all;
-    for (const Term& term : terms) {
-      const int64_t rows = term.x.size(0);
-      const int64_t sums = std::clamp<int64_t>(rows / kRows, 1, kMost);
-      for (int64_t i = 0; i < sums; ++i) {
-        const int64_t begin = rows * i / sums, end = rows * (i + 1) / sums;
-        all.push_back({term.first + begin, term.x.narrow(0, begin, end - begin)});
-      }
-    }
-    return all;
-  }
   Tensor grouped(const Tensor& t) const {
     const int64_t rows = z_.batch / groups_;
     if (batch_first_) return t.reshape({groups_, rows * z_.steps, t.size(1)});
@@ -93,26 +111,33 @@ class Reduction {
         .transpose(0, 1)
         .reshape({groups_, z_.steps * rows, t.size(1)});
   }
+  // slice (+)= grad^T x of a term with rows.
+  void add(Tensor& slice, bool begun, const Tensor& grad, const Term& term) const {
+    const int64_t rows = term.x.size(0), width = grad.size(1);
+    const int64_t sums = short_sums_ ? std::min(rows / kFewRows, kMostSums) : 1;
+    if (sums > 1) {
+      const int64_t each = rows / sums, all = sums * each;
+      const Tensor factors = grad.narrow(0, term.first, all).view({sums, each, width}).transpose(1, 2);
+      add_products(slice, begun, factors, term.x.narrow(0, 0, all).view({sums, each, term.x.size(1)}));
+      if (all < rows) slice.addmm_(grad.narrow(0, term.first + all, rows - all).t(), term.x.narrow(0, all, rows - all));
+      return;
+    }
+    const Tensor factor = grad.narrow(0, term.first, rows).t();
+    if (begun) {
+      slice.addmm_(factor, term.x);
+    } else if (rows == 1) {
+      at::mul_out(slice, factor, term.x);  // written once; a product of one k would be prepared as one of many
+    } else {
+      at::mm_out(slice, factor, term.x);
+    }
+  }
+
+  static constexpr int64_t kFewRows = 128, kMostSums = 8;  // of a short sum at least; short sums of a term
   const Sizes& z_;
   bool batch_first_;
   int64_t groups_;
+  bool short_sums_;
 };
-
-void add_product(Tensor& sum, const Tensor& grad, const Tensor& w) {
-  if (sum.defined()) {
-    sum.addmm_(grad, w);
-  } else {
-    sum = at::mm(grad, w);
-  }
-}
-// sum += grad w, with grad [rows, G H] and w [G H, I]; an undefined sum is zero. Short sums are those of a gate.
-void add_product(Tensor& sum, const Tensor& grad, const Tensor& w, int gates) {
-  if (!sums_are_short(grad)) return add_product(sum, grad, w);
-  const int64_t units = w.size(0) / gates;
-  for (int64_t row = 0; row < w.size(0); row += units) {
-    add_product(sum, grad.narrow(1, row, units), w.narrow(0, row, units));
-  }
-}
 
 Tensor allocate(std::vector<int64_t> rows, int64_t last, const at::TensorOptions& options) {
   rows.push_back(last);
@@ -170,11 +195,11 @@ Tensors layer_gradients(const BackwardArguments& a, const ScanGradients& scan, c
   const Sizes& z = a.sizes;
   const CellTraits& cell = traits(a.kind);
   Tensors result(1 + a.hx.size() + a.weights.size());
-  const Reduction reduction(z, a.batch_first, a.groups);
+  const Reduction reduction(z, a.batch_first, a.groups, scan.short_sums);
   for (int d = 0; d < l.directions; ++d) {
     const DirectionGradients& g = scan.each[d];
     const auto weight = [&](int index) -> Tensor& { return result[1 + a.hx.size() + index]; };
-    if (a.wants_input()) add_product(result[0], g.input_gates, a.weights[l.w_ih(d)], cell.gates);
+    if (a.wants_input()) add_product(result[0], g.input_gates, a.weights[l.w_ih(d)], cell.gates, scan.short_sums);
     if (a.wants_weight(l.w_ih(d))) weight(l.w_ih(d)) = reduction.outer(g.input_gates, a.input);
     if (a.wants_weight(l.w_hh(d))) {
       std::vector<Reduction::Term> states{{g.previous_first, g.previous}};

@@ -68,6 +68,9 @@ struct ScanGradients {
   std::vector<DirectionGradients> each;  // [D]
   Tensor grad_first;  // [D, N, G*H] recurrent gate gradients of each row's first step, or undefined
   Tensor carry;  // [D, N, H] dc_0, or what flows to h_0 element by element
+  // GEMMs add term after term to one number of that type, and err by more the more there are: long sums are then made of
+  // several.
+  bool short_sums = false;
 };
 
 // The arguments of a backward op, as plain tensors on one device; input and weights are of the type of the products.

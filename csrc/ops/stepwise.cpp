@@ -260,6 +260,7 @@ Tensors stepwise_layer_backward(CellKind kind, const Gpu& gpu, const OptionalTen
     wants_w_hh = wants_w_hh || a.wants_weight(l.w_hh(d));
   }
   ScanGradients scanned;
+  scanned.short_sums = options.dtype() == at::kFloat;  // cuBLAS's; torch's LSTM adds up by steps
   scanned.carry = at::zeros({z.directions, z.batch, z.units}, sums);
   if (a.wants_states()) scanned.grad_first = at::zeros({z.directions, z.batch, gate_width}, options);
   const Tensor grad_gates = by_rows(gate_width);

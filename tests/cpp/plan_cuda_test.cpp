@@ -226,7 +226,7 @@ void test_tuned_rows() {
 
     // a row that no alternative has any more chooses nothing
     for (const char* stale : {"cluster,async,32,8,2", "block,block,1,8,2", "cluster,async,16,24,2",
-                              "cluster,async,16,8,3", "cluster,block,2,8,16"}) {
+                              "cluster,async,16,8,3", "cluster,async,2,8,16"}) {
       const TunedPlans tuned(table_of(key + stale + "\n"));
       CHECK(tuned.find(lstm, h200) != nullptr);
       CHECK(same(plan_cuda(lstm, h200, "auto", &tuned), best));

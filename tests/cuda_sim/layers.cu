@@ -53,7 +53,7 @@ CudaPlan plan_of(const Case& c, bool backward) {
       if (plan.octets == 1 && plan.batch_groups == 1) return plan;
       continue;
     }
-    const bool tile = backward ? plan.row_tiles == 2 : plan.octets <= 2 && plan.row_tiles < 4;
+    const bool tile = backward ? plan.row_tiles == 2 : plan.octets == fastrnn::kNarrowOctets;
     if (plan.cluster == c.number("cluster") && tile) return plan;
   }
   throw std::runtime_error("no such plan");
@@ -89,8 +89,8 @@ void layer(const Case& c) {
     nothing_yet();
     fastrnn::run_grid(fastrnn::grid_forward_kernel<Cell, bf16, 1, 1, kEven>, f, scan, nullptr);
   } else {
-    fastrnn::run_scan(fastrnn::persistent_forward_kernel<Cell, bf16, fastrnn::narrow_octets(Cell::kGates), kEven>,
-                      gates, f, scan, nullptr);
+    fastrnn::run_scan(fastrnn::persistent_forward_kernel<Cell, bf16, fastrnn::kNarrowOctets, kEven>, gates, f, scan,
+                      nullptr);
   }
 
   fastrnn::StepBackward b;
