@@ -99,9 +99,9 @@ def products_of(kernel: str) -> int:
     from fastrnn import _C
 
     direction = re.search(r"(?:persistent|grid)_(forward|backward)_kernel", kernel)
-    cell, sizes = re.search(r"(Rnn|Lstm|Gru)Cell", kernel), re.search(r"Li(\d+)ELi(\d+)E", kernel)
+    cell, sizes = re.search(r"(Rnn|Lstm|Gru)Cell", kernel), re.search(r"Li(\d+)E(?:Li(\d+)E)?Lb", kernel)
     assert direction and cell and sizes
-    backward, groups = direction[1] == "backward", int(sizes[2])
+    backward, groups = direction[1] == "backward", int(sizes[2] or 1)
     plans = _C.cuda_plans(CELLS[cell[1]], 2, 16, 100, backward=backward)[:-1]
     grid = [plan for plan in plans if plan["tier"] == "grid"]
     if "grid_" in kernel:  # those in shared memory: as many pairs of k-steps as are on their way, at two places

@@ -126,8 +126,8 @@ constexpr int forward_register_steps(int gates, int separate, int saved, int oct
   constexpr int kFewest = 18, kLookAhead = 2;  // of the addresses that any cell has; for what comes to L2
   const int numbers = octets * (2 * (saved + 4) + gates + separate);
   const int of_cells = (numbers > kFewest ? numbers : kFewest) + kLookAhead;
-  return register_steps_of(row_tiles_of(gates, octets), of_cells) / 2 *
-         2;  // with one more, an LSTM of 16 units a warp spills
+  // an even number: with one more, an LSTM of 16 units a warp spills
+  return register_steps_of(row_tiles_of(gates, octets), of_cells) / 2 * 2;
 }
 // Cells and products take turns: while sums are in registers, of a cell only its results are. Few tiles need more for
 // addresses; more than 4 have RNNs alone, whose cells have one gate.

@@ -113,7 +113,7 @@ class Timeline {
     return first + unsigned(n) * stride_;
   }
   // From a row to that of the next step of a scan with or against the direction, where data are not packed.
-  GPU_FN int64_t stride(bool against) const { return reverse() != against ? -int64_t{step_} : int64_t{step_}; }
+  GPU_FN int stride(bool against) const { return static_cast<int>(reverse() != against ? 0u - step_ : step_); }
   // Of a tensor [D, rows, width], column j of a row.
   GPU_FN uint64_t of_direction(unsigned row, unsigned width, unsigned j) const {
     return uint64_t{begin_ + row} * width + j;

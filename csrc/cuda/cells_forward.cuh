@@ -10,6 +10,7 @@ template <class Cell, class T, int kUnits, int kRows, bool kEven>
 class ForwardCells {
   static constexpr int kGates = Cell::kGates, kSeparate = Cell::kSeparate, kSaved = Cell::kSaved;
   static constexpr ElementState kState = Cell::kState;
+  static constexpr bool kCountsOn = kEven && kRows > 1;  // addresses, from step to step
   static constexpr int kAhead = 2;  // steps, of what is on its way from memory to L2
   static_assert(kGates <= 8);
 
@@ -23,8 +24,7 @@ class ForwardCells {
     unit_ = unit < units ? unit : units - 1;  // so that every address is one
     gates_step_ = time_.stride(false) * p_.gates_stride;
     output_step_ = time_.stride(false) * (p_.table.directions * units);
-    ahead_ = kAhead * gates_step_ + unit_ % 8 * (units - 1);
-    fetches_ = unit_ % 8 < kGates;
+    fetched_ = kAhead * gates_step_ + unit_ % 8 * (units - 1);
     take(n);
 #pragma unroll
     for (int o = 0; o < kUnits; ++o) {
@@ -80,18 +80,16 @@ class ForwardCells {
   GPU_FN void seek(int t) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const unsigned row = time_.packed() && t >= length_[r] ? 0 : time_.row(t, n_[r]);
-      gates_[r] = static_cast<float*>(p_.gates) +
-                  time_.of_direction(row, static_cast<unsigned>(p_.gates_stride), static_cast<unsigned>(unit_));
-      output_[r] = static_cast<T*>(p_.output) + time_.of_rows(row, static_cast<unsigned>(unit_));
+      row_[r] = time_.packed() && t >= length_[r] ? 0 : time_.row(t, n_[r]);
+      gates_[r] = gates_of(row_[r]), output_[r] = output_of(row_[r]);
     }
   }
   GPU_FN void move(int t) {
-    if (time_.packed()) {
-      seek(t);
-    } else {
+    if (time_.packed()) return seek(t);
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) gates_[r] += gates_step_, output_[r] += output_step_;
+    for (int r = 0; r < kRows; ++r) {
+      row_[r] += static_cast<unsigned>(time_.stride(false));
+      gates_[r] += gates_step_, output_[r] += output_step_;
     }
   }
 
@@ -102,20 +100,27 @@ class ForwardCells {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       // a lane without such a row or unit does not read another's, which may be writing there
-      if (time_.packed() ? t >= length_[r] : length_[r] < 0) continue;
+      const bool has_row = time_.packed() ? t < length_[r] : length_[r] >= 0;
 #pragma unroll
       for (int o = 0; o < kUnits; ++o) {
-        if (!has(o)) continue;
+        const bool there = has_row && has(o);
 #pragma unroll
-        for (int gate = 0; gate < kGates; ++gate) input_[o][r][gate] = gates_[r][gate * units + at(o)];
+        for (int gate = 0; gate < kGates; ++gate) {
+          // zeros, or where they would cost an instruction of every step what is there: no one sees it
+          if (there) {
+            input_[o][r][gate] = gates(r)[gate * units + at(o)];
+          } else if (!kCountsOn) {
+            input_[o][r][gate] = 0.f;
+          }
+        }
       }
     }
     const int ahead = time_.reverse() ? t - kAhead : t + kAhead;
-    if (!fetches_ || time_.packed() || ahead < 0 || ahead >= static_cast<int>(p_.table.steps)) return;
+    if (unit_ % 8 >= kGates || time_.packed() || ahead < 0 || ahead >= static_cast<int>(p_.table.steps)) return;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
-      for (int o = 0; o < kUnits; ++o) gpu::prefetch_l2(gates_[r] + ahead_ + at(o));
+      for (int o = 0; o < kUnits; ++o) gpu::prefetch_l2(fetched(r) + at(o));
     }
   }
 
@@ -158,30 +163,23 @@ class ForwardCells {
 
   // Step t's results, to the caller, where the cells are.
   GPU_FN void store(int t) const {
-    const bool all_cells = kState == ElementState::kCell && p_.cells != nullptr;
     each([&](int o, int r) {
-      if (writes(o, r, t)) output_[r][8 * o] = gpu::from_float<T>(valid(r, t) ? h_[o][r] : 0.f);
-    });
-    if (p_.save) {
-      const int units = static_cast<int>(p_.units);
-      each([&](int o, int r) {
-        if (!writes(o, r, t)) return;
+      if (!writes(o, r, t)) return;
+      const bool is_valid = valid(r, t);
+      T* const h = output(r) + 8 * o;
+      *h = gpu::from_float<T>(is_valid ? h_[o][r] : 0.f);
+      if (p_.save) {
+        const int units = static_cast<int>(p_.units);
+        float* const reserve = gates(r) + 8 * o;
 #pragma unroll
-        for (int k = 0; k < kSaved; ++k) gates_[r][k * units + 8 * o] = valid(r, t) ? saved_[o][r][k] : 0.f;
-      });
-    }
-    if (all_cells) {
-      each([&](int o, int r) {
-        if (!writes(o, r, t)) return;
-        T* const cells = static_cast<T*>(p_.cells) + (output_[r] - static_cast<T*>(p_.output));
-        cells[8 * o] = gpu::from_float<T>(valid(r, t) ? c_[o][r] : 0.f);
-      });
-    }
-    if constexpr (!kEven) {
-      each([&](int o, int r) {
-        if (writes(o, r, t) && valid(r, t) && t == time_.last(length_[r])) store_last(o, r);
-      });
-    }
+        for (int k = 0; k < kSaved; ++k) reserve[k * units] = is_valid ? saved_[o][r][k] : 0.f;
+      }
+      if (kState == ElementState::kCell && p_.cells != nullptr) {
+        T* const c = static_cast<T*>(p_.cells) + (h - static_cast<T*>(p_.output));
+        *c = gpu::from_float<T>(is_valid ? c_[o][r] : 0.f);
+      }
+      if (!kEven && is_valid && t == time_.last(length_[r])) store_last(o, r);
+    });
   }
   // After the last step.
   GPU_FN void finish() const {
@@ -213,6 +211,27 @@ class ForwardCells {
       static_cast<T*>(p_.c_n)[of_batch(o, r)] = gpu::from_float<T>(c_[o][r]);
     }
   }
+  // [G, H] of the step, from the first unit on: the input projection, then the reserve. And [H] of the output. Where
+  // registers are short, they are found from the row in every step.
+  GPU_FN float* gates_of(unsigned row) const {
+    return static_cast<float*>(p_.gates) +
+           time_.of_direction(row, static_cast<unsigned>(p_.gates_stride), static_cast<unsigned>(unit_));
+  }
+  GPU_FN T* output_of(unsigned row) const {
+    return static_cast<T*>(p_.output) + time_.of_rows(row, static_cast<unsigned>(unit_));
+  }
+  GPU_FN float* gates(int r) const { return kCountsOn ? gates_[r] : gates_of(row_[r]); }
+  GPU_FN const float* fetched(int r) const {  // what the lane brings to L2
+    if constexpr (kCountsOn) {
+      return gates_[r] + fetched_;
+    } else {
+      const unsigned row = row_[r] + static_cast<unsigned>(kAhead * time_.stride(false)), own = unsigned(unit_) % 8;
+      return static_cast<const float*>(p_.gates) +
+             time_.of_direction(row, static_cast<unsigned>(p_.gates_stride),
+                                static_cast<unsigned>(unit_) - own + own * static_cast<unsigned>(p_.units));
+    }
+  }
+  GPU_FN T* output(int r) const { return kCountsOn ? output_[r] : output_of(row_[r]); }
   // How far from the first unit: where there is none, one that is.
   GPU_FN int at(int o) const { return has(o) ? 8 * o : 0; }
   GPU_FN int64_t of_batch(int o, int r) const { return time_.of_batch(n_[r], p_.units, unit_ + at(o)); }
@@ -222,11 +241,11 @@ class ForwardCells {
   const Timeline<StepForward, kEven> time_;
   int room_, unit_;  // units from the first on; the first
   int n_[kRows], length_[kRows];  // length: -1 beyond the batch
-  float* gates_[kRows];  // [G, H] of the step, from the first unit on: the input projection, then the reserve
-  T* output_[kRows];  // [H] of the step, the same
+  unsigned row_[kRows];  // of the step
+  float* gates_[kRows];  // as gates_of says
+  T* output_[kRows];  // as output_of says
   int64_t gates_step_, output_step_;  // from a step to the next
-  int64_t ahead_;  // to what the lane brings to L2
-  bool fetches_;
+  int64_t fetched_;  // from gates of a step to what the lane brings to L2
   float bias_[kUnits][kGates + kSeparate];  //
   float hidden_[kUnits][kRows];  // h that enters the next step
   float state_[kUnits][kRows];  // the element state that does

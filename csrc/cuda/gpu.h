@@ -470,25 +470,20 @@ GPU_FN bool mbarrier_try_wait_block(uint64_t* barrier, unsigned parity) {
   return done;
 }
 
-// Stores to a block of the cluster, and counts its bytes on an mbarrier of that block; or does nothing, without a branch.
-GPU_FN void st_async(ClusterAddress to, uint32_t value, ClusterAddress barrier, bool wanted = true) {
-  GPU_ASM_SM90(
-      "{.reg .pred p; setp.ne.u32 p, %3, 0; "
-      "@p st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];}" ::"r"(to.value),
-      "r"(value), "r"(barrier.value), "r"(uint32_t{wanted}) : "memory");
+// Stores to a block of the cluster, and counts its bytes on an mbarrier of that block.
+GPU_FN void st_async(ClusterAddress to, uint32_t value, ClusterAddress barrier) {
+  GPU_ASM_SM90("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(to.value),
+               "r"(value), "r"(barrier.value) : "memory");
 }
-GPU_FN void st_async(ClusterAddress to, uint2 value, ClusterAddress barrier, bool wanted = true) {
+GPU_FN void st_async(ClusterAddress to, uint2 value, ClusterAddress barrier) {
   GPU_ASM_SM90(
-      "{.reg .pred p; setp.ne.u32 p, %4, 0; "
-      "@p st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.u32 [%0], {%1, %2}, [%3];}" ::"r"(to.value),
-      "r"(value.x), "r"(value.y), "r"(barrier.value), "r"(uint32_t{wanted}) : "memory");
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.u32 [%0], {%1, %2}, [%3];" ::"r"(to.value),
+      "r"(value.x), "r"(value.y), "r"(barrier.value) : "memory");
 }
-GPU_FN void st_async(ClusterAddress to, uint4 value, ClusterAddress barrier, bool wanted = true) {
+GPU_FN void st_async(ClusterAddress to, uint4 value, ClusterAddress barrier) {
   GPU_ASM_SM90(
-      "{.reg .pred p; setp.ne.u32 p, %6, 0; "
-      "@p st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];}" ::"r"(
-          to.value),
-      "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier.value), "r"(uint32_t{wanted}) : "memory");
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to.value),
+      "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier.value) : "memory");
 }
 // Copies global to own shared memory and counts its bytes on an own mbarrier: one thread for any size. All in multiples
 // of 16 bytes.

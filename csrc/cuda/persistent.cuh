@@ -155,7 +155,7 @@ class Turn {
       const int at = place_of_bars_ + s % 2 * 8;
 #pragma unroll
       for (int i = 0; i < kMost; ++i) {
-        gpu::st_async(peers[i] + place, value, peers[i] + at, i < count);
+        if (i < count) gpu::st_async(peers[i] + place, value, peers[i] + at);
       }
     } else if (count > 0) {
       *reinterpret_cast<V*>(shared_ + place) = value;

@@ -378,10 +378,9 @@ inline bool mbarrier_try_wait_block(uint64_t* barrier, unsigned parity, Location
   return mbarrier_try_wait(barrier, parity, at);
 }
 template <class T>
-void st_async(ClusterAddress to, T value, ClusterAddress barrier, bool wanted = true,
-              Location at = Location::current()) {
+void st_async(ClusterAddress to, T value, ClusterAddress barrier, Location at = Location::current()) {
   static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint2> || std::is_same_v<T, uint4>);
-  if (wanted) cusim::st_async(to.value, &value, sizeof value, barrier.value, at);
+  cusim::st_async(to.value, &value, sizeof value, barrier.value, at);
 }
 void bulk_load(void* shared, const void* global, unsigned bytes, uint64_t* barrier, Location at = Location::current());
 
