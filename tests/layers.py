@@ -146,7 +146,7 @@ FAULTS = {
     "one buffer of h": ("persistent_forward.cuh", "(s + 1) % 2 * of_h", "s % 2 * of_h", 0),
     "one inbox": ("persistent_backward.cuh", "next = (s + 1) % 2 - 1;", "next = s % 2 - 1;", 0),
     "a block without units sends": ("persistent_backward.cuh", "warp < plan.warps && rank < owners;", "warp < plan.warps;", 6),  # noqa: E501
-    "a packed row has no end": ("cells_forward.cuh", "if (length_[r] < 0 || (time_.packed() && !valid)) continue;", "if (length_[r] < 0) continue;", 7),  # noqa: E501
+    "a packed row has no end": ("cells_forward.cuh", "has(o) && (time_.packed() ? t < length_[r] : length_[r] >= 0);", "has(o) && length_[r] >= 0;", 7),  # noqa: E501
     "no block barrier": ("persistent_backward.cuh", "gpu::syncthreads();", "", 0),
     "blocks do not begin together": ("persistent.cuh", "gpu::cluster_sync();", "gpu::syncthreads();", 0),
     "no barrier of one block": ("persistent.cuh", "void wait(int s) const {\n    if (!async_) {\n      gpu::syncthreads();", "void wait(int s) const {\n    if (!async_) {", 2),  # noqa: E501
