@@ -144,7 +144,7 @@ FAULTS = {
     "no wait forward": ("persistent_forward.cuh", "turn.wait(s + 1);", ";", 0),
     "no wait backward": ("persistent_backward.cuh", "turn.wait(s + 1);", "", 0),
     "one buffer of h": ("persistent_forward.cuh", "(s + 1) % 2 * of_h", "s % 2 * of_h", 0),
-    "one inbox": ("persistent_backward.cuh", "next = (s + 1) % 2 - 1;", "next = s % 2 - 1;", 0),
+    "one inbox": ("persistent_backward.cuh", "(s + 1) % 2 * of_inbox", "s % 2 * of_inbox", 0),
     "a block without units sends": ("persistent_backward.cuh", "warp < plan.warps && rank < owners;", "warp < plan.warps;", 6),  # noqa: E501
     "a packed row has no end": ("cells_forward.cuh", "has(o) && (time_.packed() ? t < length_[r] : length_[r] >= 0);", "has(o) && length_[r] >= 0;", 7),  # noqa: E501
     "no block barrier": ("persistent_backward.cuh", "gpu::syncthreads();", "", 0),

@@ -196,15 +196,14 @@ std::vector<CudaPlan> persistent_plans(const CudaProblem& p, const CudaDevice& d
   for (int octets = 1; octets <= (is_16_bit ? kGridOctets : grid_octets_32(p.gates)); ++octets) {
     for (int groups = 1; groups <= 2; ++groups) keep(try_grid(p, device, octets, groups));
   }
-  const auto add = [&](int cluster, int octets, int row_tiles) {
-    keep(try_plan(p, device, cluster, octets, row_tiles));
-  };
   for (int cluster = 1; cluster <= (is_16_bit ? kLargestCluster : 0); cluster *= 2) {
     if (p.backward) {
-      for (int tiles = 2; tiles <= most_backward_tiles(p.gates); tiles += 2) add(cluster, 0, tiles);
+      for (int tiles = 2; tiles <= most_backward_tiles(p.gates); tiles += 2) {
+        keep(try_plan(p, device, cluster, 0, tiles));
+      }
     } else {
       for (const int octets : {kNarrowOctets, widest_octets(p.gates)}) {
-        add(cluster, octets, row_tiles_of(p.gates, octets));
+        keep(try_plan(p, device, cluster, octets, row_tiles_of(p.gates, octets)));
       }
     }
   }

@@ -150,7 +150,7 @@ constexpr int grid_pairs_at_once(int row_tiles, int batch_groups) { return (row_
 constexpr int grid_register_pairs(int row_tiles, int batch_groups) {
   const int others = row_tiles == 1 ? 120 : 88;  // a tile alone is mostly backward, where a cell is more
   const int at_once = grid_pairs_at_once(row_tiles, batch_groups);
-  const int sums = 4 * row_tiles * batch_groups * (row_tiles * batch_groups < 4 ? 2 : 1);
+  const int sums = 4 * row_tiles * batch_groups * chains_of(row_tiles, batch_groups);
   const int pairs = (255 - others - sums - 8 * at_once * batch_groups) / (8 * row_tiles);
   return pairs / at_once * at_once;
 }

@@ -99,11 +99,9 @@ class ForwardCells {
     const int units = static_cast<int>(p_.units);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      // a lane without such a row or unit does not read another's, which may be writing there
-      const bool has_row = time_.packed() ? t < length_[r] : length_[r] >= 0;
 #pragma unroll
       for (int o = 0; o < kUnits; ++o) {
-        const bool there = has_row && has(o);
+        const bool there = exists(o, r, t);  // else another's, which may be writing there
 #pragma unroll
         for (int gate = 0; gate < kGates; ++gate) {
           // zeros, or where they would cost an instruction of every step what is there: no one sees it
@@ -129,9 +127,9 @@ class ForwardCells {
   GPU_FN void compute(int t, const Recurrent& recurrent) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const bool valid = kEven || t < length_[r];
+      const bool is_valid = valid(r, t);
       bool dropped = false;
-      if (!kEven && p_.table.reset != nullptr && valid) {
+      if (!kEven && p_.table.reset != nullptr && is_valid) {
         const Sequence s = sequence(r);
         dropped = !s.last(t, time_.reverse()) && !s.flows(time_.reverse() ? t - 1 : t + 1, time_.reverse());
       }
@@ -153,7 +151,7 @@ class ForwardCells {
         for (int k = 0; k < kSaved; ++k) saved_[o][r][k] = saved[k];
         h_[o][r] = h;
         c_[o][r] = state;
-        if (valid) {  // an initial state waits for the step that it enters
+        if (is_valid) {  // an initial state waits for the step that it enters
           hidden_[o][r] = dropped ? 0.f : h;
           state_[o][r] = dropped ? 0.f : kState == ElementState::kCell ? c_[o][r] : h;
         }
@@ -164,7 +162,7 @@ class ForwardCells {
   // Step t's results, to the caller, where the cells are.
   GPU_FN void store(int t) const {
     each([&](int o, int r) {
-      if (!writes(o, r, t)) return;
+      if (!exists(o, r, t)) return;
       const bool is_valid = valid(r, t);
       T* const h = output(r) + 8 * o;
       *h = gpu::from_float<T>(is_valid ? h_[o][r] : 0.f);
@@ -185,7 +183,7 @@ class ForwardCells {
   GPU_FN void finish() const {
     if constexpr (kEven) {
       each([&](int o, int r) {
-        if (writes(o, r, 0)) store_last(o, r);
+        if (exists(o, r, 0)) store_last(o, r);
       });
     }
   }
@@ -202,7 +200,7 @@ class ForwardCells {
   }
   GPU_FN bool valid(int r, int t) const { return kEven || t < length_[r]; }
   // Has step t a place for it?
-  GPU_FN bool writes(int o, int r, int t) const {
+  GPU_FN bool exists(int o, int r, int t) const {
     return has(o) && (time_.packed() ? t < length_[r] : length_[r] >= 0);
   }
   GPU_FN void store_last(int o, int r) const {

@@ -114,7 +114,7 @@ class GridProduct {
   static constexpr int kAtOnce = grid_pairs_at_once(kTiles, kGroups);
   static_assert(kRegisterPairs % kAtOnce == 0 && kRegisterPairs > 0);
   static constexpr int kParity = kRegisterPairs / kAtOnce % 2;  // of the first batch that shared memory has
-  static constexpr int kChains = kTiles * kGroups < 4 ? 2 : 1;
+  static constexpr int kChains = chains_of(kTiles, kGroups);
   using Operands = uint4[kAtOnce][kGroups];
 
  public:

@@ -58,14 +58,14 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) persistent_backward_
   turn.begin();
   // Of two neighbours one takes four columns of row g of a tile, the other those of row g + 8: to whom, and to which place.
   gpu::ClusterAddress peers[kTiles][1];
-  int place[kTiles];  // in bytes, in the inbox of odd steps
+  int place[kTiles];  // in bytes, in the first inbox
   const int first_octet = warp * kTiles * 2 + lane % 2, room = octets - first_octet;
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
     const int octet = first_octet + 2 * m, owner = 2 * m < room ? octet * 8 / units : 0;
     peers[m][0] = turn.peer(owner);
     const int at = rank * of_block + (octet * 8 - owner * units + lane / 4) * kMatrixColumns + lane % 4 / 2 * 4;
-    place[m] = static_cast<int>(reinterpret_cast<unsigned char*>(inbox + of_inbox + at) - bytes);
+    place[m] = static_cast<int>(reinterpret_cast<unsigned char*>(inbox + at) - bytes);
   }
   for (int s = 0; s < all; ++s) {
     const int t = d == 0 ? all - 1 - s : s, before = d == 0 ? t - 1 : t + 1;
@@ -94,7 +94,6 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) persistent_backward_
       float sums[kTiles][4];
       product.multiply(sums, own_gates, depth / 16);
       gpu::syncwarp();  // what any lane sends says that all lanes have read
-      const int next = (s + 1) % 2 - 1;  // from the inbox of odd steps on
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
         const bool odd = lane % 2 == 1;
@@ -103,7 +102,7 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) persistent_backward_
         const float four[4] = {odd ? other0 : v[0], odd ? other1 : v[1], odd ? v[2] : other0, odd ? v[3] : other1};
         uint4 bits;
         memcpy(&bits, four, sizeof bits);
-        turn.send(place[m] + next * of_inbox * 4, bits, peers[m], 2 * m < room, s + 1);
+        turn.send(place[m] + (s + 1) % 2 * of_inbox * 4, bits, peers[m], 2 * m < room, s + 1);
       }
     }
     turn.expect(s + 1, arriving);

@@ -14,10 +14,19 @@
 namespace fastrnn {
 namespace {
 
+// sum (+)= a b; it has numbers if `begun`.
+void add_product(Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
+  if (begun) {
+    sum.addmm_(a, b);
+  } else {
+    at::mm_out(sum, a, b);
+  }
+}
+
 // Products of sums that were cut into short ones. A sum of some terms [A, B] by one product of all, if that is not much
 // memory: several products one after another would cost a small layer more in launches.
 constexpr int64_t kMostAtOnce = int64_t{1} << 22;  // elements
-// sum (+)= the sum over i of a[i] b[i], a [parts, A, K] and b [parts, K, B]; it has numbers if `begun`.
+// sum (+)= the sum over i of a[i] b[i], a [parts, A, K] and b [parts, K, B].
 void add_products(Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
   if (a.size(0) * sum.numel() <= kMostAtOnce) {
     const Tensor products = at::bmm(a, b);
@@ -28,30 +37,20 @@ void add_products(Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
     }
     return;
   }
-  for (int64_t i = 0; i < a.size(0); ++i) {
-    const Tensor left = a.select(0, i), right = b.select(0, i);
-    if (begun || i > 0) {
-      sum.addmm_(left, right);
-    } else {
-      at::mm_out(sum, left, right);
-    }
-  }
+  for (int64_t i = 0; i < a.size(0); ++i) add_product(sum, begun || i > 0, a.select(0, i), b.select(0, i));
 }
 
 // sum (+)= grad w, with grad [rows, G H] and w [G H, I]; an undefined sum is zero. Short sums, where they are wanted at all
 // and the columns are many, are those of a gate.
-void add_product(Tensor& sum, const Tensor& grad, const Tensor& w, int gates, bool short_sums) {
+void add_by_gates(Tensor& sum, const Tensor& grad, const Tensor& w, int gates, bool short_sums) {
   constexpr int64_t kMany = 2048;
   const bool begun = sum.defined();
-  if (short_sums && gates > 1 && w.size(0) >= kMany) {
-    if (!begun) sum = at::empty({grad.size(0), w.size(1)}, grad.options());
-    const int64_t units = w.size(0) / gates;
-    add_products(sum, begun, grad.view({grad.size(0), gates, units}).transpose(0, 1),
-                 w.view({gates, units, w.size(1)}));
-  } else if (begun) {
-    sum.addmm_(grad, w);
+  const int64_t rows = grad.size(0), columns = w.size(0), inputs = w.size(1), units = columns / gates;
+  if (!begun) sum = at::empty({rows, inputs}, grad.options());
+  if (short_sums && gates > 1 && columns >= kMany) {
+    add_products(sum, begun, grad.view({rows, gates, units}).transpose(0, 1), w.view({gates, units, inputs}));
   } else {
-    sum = at::mm(grad, w);
+    add_product(sum, begun, grad, w);
   }
 }
 
@@ -123,12 +122,10 @@ class Reduction {
       return;
     }
     const Tensor factor = grad.narrow(0, term.first, rows).t();
-    if (begun) {
-      slice.addmm_(factor, term.x);
-    } else if (rows == 1) {
+    if (!begun && rows == 1) {
       at::mul_out(slice, factor, term.x);  // written once; a product of one k would be prepared as one of many
     } else {
-      at::mm_out(slice, factor, term.x);
+      add_product(slice, begun, factor, term.x);
     }
   }
 
@@ -199,7 +196,7 @@ Tensors layer_gradients(const BackwardArguments& a, const ScanGradients& scan, c
   for (int d = 0; d < l.directions; ++d) {
     const DirectionGradients& g = scan.each[d];
     const auto weight = [&](int index) -> Tensor& { return result[1 + a.hx.size() + index]; };
-    if (a.wants_input()) add_product(result[0], g.input_gates, a.weights[l.w_ih(d)], cell.gates, scan.short_sums);
+    if (a.wants_input()) add_by_gates(result[0], g.input_gates, a.weights[l.w_ih(d)], cell.gates, scan.short_sums);
     if (a.wants_weight(l.w_ih(d))) weight(l.w_ih(d)) = reduction.outer(g.input_gates, a.input);
     if (a.wants_weight(l.w_hh(d))) {
       std::vector<Reduction::Term> states{{g.previous_first, g.previous}};
