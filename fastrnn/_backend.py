@@ -25,6 +25,7 @@ BACKENDS = ("auto", "native", "python")
 CPU_VARIABLES = {
     "FASTRNN_CPU_CAPABILITY": ("avx512", "avx2", "default"),
     "FASTRNN_CPU_BF16": ("auto", "off", "emulate"),
+    "FASTRNN_CPU_FLOAT32": ("fma", "bf16x3"),
 }
 
 native: ModuleType | None = None  # fastrnn._C, once loaded

@@ -13,6 +13,11 @@ _RECURRENT = {
     "natural": "the recurrent weights read as they lie",
     "product": "the recurrent projection by a general matrix product per step",
 }
+_PARTS = {
+    1: "products of bfloat16 with sums in float32",
+    2: "products of float32 in two parts of bfloat16 each (bf16x2)",
+    3: "products of float32 in three parts of bfloat16 each (bf16x3)",
+}
 _SHARD = {
     "none": "a direction to a thread",
     "units": "the units shared among the threads, with a barrier each step",
@@ -28,8 +33,10 @@ def build_info() -> dict[str, Any]:
     dict
         ``backend`` ("native" or "python"), ``reason`` (why it is python, else empty), and from the native library:
         its version, the torch and compiler that it was built with, whether it has CUDA, the CPU capabilities built in,
-        ``cpu_capability``, the one in use, and ``cpu_bf16``, how bfloat16 is multiplied: "native", by instructions of
-        the machine; "none", in float32; or "emulated" (``FASTRNN_CPU_BF16=emulate``).
+        ``cpu_capability``, the one in use, ``cpu_bf16``, how bfloat16 is multiplied: "native", by instructions of the
+        machine; "none", in float32; or "emulated" (``FASTRNN_CPU_BF16=emulate``); and ``cpu_parts``, the same of float32
+        in parts of bfloat16 (``torch.backends.mkldnn.rnn.fp32_precision = "tf32"``, ``FASTRNN_CPU_FLOAT32=bf16x3``),
+        "native" with AMX.
     """
     info: dict[str, Any] = {
         "backend": "python" if _backend.layer_ops is None else "native",
@@ -39,6 +46,7 @@ def build_info() -> dict[str, Any]:
         info |= _backend.native.build_info()
         info["cpu_capability"] = _backend.native.cpu_capability()
         info["cpu_bf16"] = _backend.native.cpu_bf16()
+        info["cpu_parts"] = _backend.native.cpu_parts()
     return info
 
 
@@ -170,8 +178,8 @@ def _words(plan: dict[str, Any], prefix: str) -> str:
     recurrent = plan.get(f"{prefix}recurrent")
     if recurrent is not None:
         words.append(_RECURRENT.get(recurrent, str(recurrent)))
-    if plan.get(f"{prefix}bf16"):
-        words.append("products of bfloat16 with sums in float32")
+    if parts := plan.get(f"{prefix}parts"):
+        words.append(_PARTS[parts])
     if plan.get(f"{prefix}fused_input"):
         words.append("the input multiplied along with them")
     return ", ".join(words)

@@ -29,6 +29,11 @@ int64_t weight_bytes(const CpuProblem& p) {
   return p.gates * p.shape.units * (p.shape.inputs + p.shape.outputs) * p.element_size;
 }
 
+// The same as they are multiplied: in so many parts of bfloat16, or in float32.
+int64_t bytes_in_parts(const CpuProblem& p, int parts) {
+  return parts == 0 ? weight_bytes(p) : weight_bytes(p) / 2 * parts;
+}
+
 // Are dot products over the weights as they lie the better way?
 bool reads_as_stored(const CpuProblem& p, const CpuMachine& machine) {
   const bool narrow = p.weight_size < p.element_size;
@@ -40,6 +45,17 @@ bool reads_as_stored(const CpuProblem& p, const CpuMachine& machine) {
   if (packed <= machine.l2_bytes / 2) return p.steps <= kNaturalWithinL2;
   if (narrow && packed >= 2 * machine.l2_bytes) return true;
   return p.steps <= (packed < kMemoryBytes ? kNaturalBeyondL2 : kNaturalFromMemory);
+}
+
+// A matrix unit takes whole tiles of rows, and its sums pass through memory. In two parts a product takes three of its
+// own, at sixteen times the rate or, beside a busy neighbour, five times, and so leaves room for that. In three parts it
+// takes six, and weights 6 bytes in place of 4.
+bool pays_in_parts(const CpuProblem& p) {
+  constexpr int64_t kRows = 12, kUnits = 64, kSteps = 4;
+  constexpr int64_t kTile = 16;  // rows
+  if (p.batch < kRows || p.shape.units < kUnits || p.steps < kSteps) return false;
+  const int64_t tiles = (p.batch + kTile - 1) / kTile;
+  return p.parts == 2 || 5 * p.batch >= 4 * tiles * kTile;
 }
 
 void share_work(const CpuProblem& p, const CpuMachine& machine, CpuPlan& plan) {
@@ -62,7 +78,7 @@ void share_work(const CpuProblem& p, const CpuMachine& machine, CpuPlan& plan) {
   if (per_direction == 1) return;
 
   const bool enough_rows = p.batch >= per_direction * kOwnRows;
-  const bool weights_fit = weight_bytes(p) / (plan.bf16 ? 2 : 1) <= machine.l2_bytes / 2;
+  const bool weights_fit = bytes_in_parts(p, plan.parts) <= machine.l2_bytes / 2;
   const int unit_shares = static_cast<int>(std::min<int64_t>(per_direction, s.units / kUnitsPerShare));
   const double barriers = kBarrierMicroseconds * (s.projected ? 2 : 1);
   const bool units_pay = unit_shares > 1 && step / unit_shares + barriers < 0.9 * step;
@@ -80,8 +96,11 @@ void share_work(const CpuProblem& p, const CpuMachine& machine, CpuPlan& plan) {
 
 CpuPlan plan_cpu(const CpuProblem& p, const CpuMachine& machine) {
   CpuPlan plan;
-  plan.bf16 = machine.bf16 && p.bf16 && p.batch >= kBf16Rows && p.element_size == sizeof(float) && p.steps > 1;
-  if (!p.backward && !plan.bf16) {
+  if (p.element_size == sizeof(float) && p.steps > 1) {
+    if (machine.bf16 && p.bf16 && p.batch >= kBf16Rows) plan.parts = 1;
+    if (machine.parts && p.parts > 0 && pays_in_parts(p)) plan.parts = p.parts;
+  }
+  if (!p.backward && plan.parts == 0) {
     if (reads_as_stored(p, machine)) {
       plan.recurrent = Recurrent::kNatural;
       const int64_t steps = p.weight_size < p.element_size ? kNaturalInputsOf16Bit : 1;
@@ -91,8 +110,8 @@ CpuPlan plan_cpu(const CpuProblem& p, const CpuMachine& machine) {
     }
   }
   share_work(p, machine, plan);
-  if (plan.bf16) {
-    plan.fused_input = !p.backward;
+  if (plan.parts > 0) {
+    plan.fused_input = !p.backward && (plan.parts == 1 || 2 * bytes_in_parts(p, plan.parts) <= machine.l2_bytes);
   } else if (!p.backward && plan.recurrent == Recurrent::kPacked) {
     const int members = std::max(1, plan.threads / p.directions);
     const int64_t rows = p.batch / (plan.shard_units ? 1 : members);

@@ -11,6 +11,7 @@ struct CpuMachine {
   int threads = 1;         // that may be used
   int64_t l2_bytes = 0;    // of one core
   bool bf16 = false;       // products of bfloat16 by instructions of its own
+  bool parts = false;      // and of float32 in several parts of bfloat16
 };
 
 struct CpuProblem {
@@ -25,6 +26,7 @@ struct CpuProblem {
   bool backward = false;
   int weight_size = 4;     // bytes, of a weight as it is stored
   bool bf16 = false;       // what is multiplied may be rounded to bfloat16
+  int parts = 0;           // or is to be in so many parts of it, 2 or 3
 };
 
 struct CpuPlan {
@@ -32,7 +34,7 @@ struct CpuPlan {
   bool fused_input = false;  // the scan multiplies the input too: no buffer of projections
   int threads = 1;           // of the region, all directions together
   bool shard_units = false;  // members share the units, with a barrier a step; else they share the batch
-  bool bf16 = false;         // products of bfloat16 in place of the tiles; forward, of the input too
+  int parts = 0;             // products of bfloat16 in place of the tiles, in so many parts; 1: rounded
 };
 
 CpuPlan plan_cpu(const CpuProblem& problem, const CpuMachine& machine);

@@ -2,6 +2,7 @@
 
 #include <ATen/native/CPUBlas.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <exception>
 #include <stdexcept>
@@ -28,7 +29,29 @@ void multiply_by_loops(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb
   }
 }
 
-const Bf16Products kEmulated{"emulated", multiply_by_loops, [] {}};
+// In the order of the matrix unit, 32 k at a time.
+void multiply_parts_by_loops(const PartSizes& sizes, const PartMatrix& a, const PartMatrix& b, float* c, int64_t ldc) {
+  for (int64_t i = 0; i < sizes.m; ++i) {
+    for (int64_t j = 0; j < sizes.n; ++j) {
+      float sum = 0;
+      for (int64_t first = 0; first < sizes.k; first += kAmxDepth) {
+        for (int of_a = 0; of_a < sizes.parts; ++of_a) {
+          for (int of_b = 0; of_a + of_b < sizes.parts; ++of_b) {
+            float tile = 0;
+            for (int64_t p = first; p < first + kAmxDepth; ++p) {
+              tile += static_cast<float>(a.data[of_a * a.part + i * a.stride + p]) *
+                      static_cast<float>(b.data[of_b * b.part + (p / 2 * b.stride + j) * 2 + p % 2]);
+            }
+            sum += tile;
+          }
+        }
+      }
+      c[i * ldc + j] = sum;
+    }
+  }
+}
+
+const Bf16Products kEmulated{"emulated", multiply_by_loops, multiply_parts_by_loops, [] {}};
 
 // oneDNN's small GEMM, generated for the machine and the sizes: AMX tiles or AVX512_BF16. May throw.
 void multiply_generated(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, const BFloat16* a,
@@ -38,18 +61,19 @@ void multiply_generated(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ld
 
 // The members of a team wait for each other, so none may throw: if another thread switches oneDNN off meanwhile, or it
 // refuses these sizes, the product is slow.
-const Bf16Products kNative{
-    "native",
-    [](int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, const BFloat16* a, const BFloat16* b,
-       float* c) {
-      try {
-        multiply_generated(m, n, k, lda, ldb, ldc, a, b, c);
-      } catch (const std::exception&) {
-        multiply_by_loops(m, n, k, lda, ldb, ldc, a, b, c);
-      }
-    },
-    [] { at::native::cpublas::brgemm_release(); },
-};
+void multiply_native(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, const BFloat16* a,
+                     const BFloat16* b, float* c) {
+  try {
+    multiply_generated(m, n, k, lda, ldb, ldc, a, b, c);
+  } catch (const std::exception&) {
+    multiply_by_loops(m, n, k, lda, ldb, ldc, a, b, c);
+  }
+}
+
+void release() {
+  release_amx();
+  at::native::cpublas::brgemm_release();
+}
 
 // Whether it runs here and means what it should: parts of matrices of small whole numbers, whose products are exact.
 bool works(int64_t rows, int64_t columns, int64_t depth) {
@@ -66,27 +90,57 @@ bool works(int64_t rows, int64_t columns, int64_t depth) {
   } catch (const std::exception&) {
     return false;  // this build of torch can't
   }
-  kNative.release();
+  release();
   multiply_by_loops(rows, columns, depth, lda, kLdb, kLdc, a.data(), b.data() + 2 * first, expected.data());
   return c == expected;
 }
 
-const Bf16Products* choose() {
+// The same of parts, each of whole numbers.
+bool parts_work(int parts, int64_t rows, int64_t columns, int64_t depth) {
+  const int64_t lda = parts * depth + 32, all_rows = rows + kAmxRows;
+  std::vector<BFloat16> a(all_rows * lda), b(parts * depth * columns);
+  for (size_t i = 0; i < a.size(); ++i) a[i] = static_cast<float>(i % 7) - 3;
+  for (size_t i = 0; i < b.size(); ++i) b[i] = static_cast<float>(i % 5) - 2;
+  std::vector<float> c(all_rows * columns), expected(c.size());
+  const PartSizes sizes{parts, tile_height(rows), rows, columns, depth};
+  const PartMatrix of_a{a.data(), lda, depth}, of_b{b.data(), columns, depth * columns};
+  multiply_parts_amx(sizes, of_a, of_b, c.data(), columns);
+  release();
+  multiply_parts_by_loops(sizes, of_a, of_b, expected.data(), columns);
+  return std::equal(c.begin(), c.begin() + rows * columns, expected.begin());
+}
+
+Bf16Products choose() {
   const char* variable = std::getenv("FASTRNN_CPU_BF16");
   const std::string wanted = variable == nullptr || *variable == '\0' ? "auto" : variable;
-  if (wanted == "emulate") return &kEmulated;
+  if (wanted == "emulate") return kEmulated;
   if (wanted != "auto" && wanted != "off") {
     throw std::invalid_argument("FASTRNN_CPU_BF16 should be 'auto', 'off' or 'emulate', got '" + wanted + "'");
   }
-  if (wanted == "off" || !has_bf16_dot()) return nullptr;
-  if (!works(128, 64, 64) || !works(32, 64, 64) || !works(8, 48, 96) || !works(1, 16, 6)) return nullptr;
-  return &kNative;
+  Bf16Products products{"native", nullptr, nullptr, release};
+  if (wanted == "off" || !has_bf16_dot()) return products;
+  if (works(128, 64, 64) && works(32, 64, 64) && works(8, 48, 96) && works(1, 16, 6))
+    products.multiply = multiply_native;
+  if (has_amx() && parts_work(2, 49, 48, 64) && parts_work(3, 17, 64, 32)) products.multiply_parts = multiply_parts_amx;
+  return products;
 }
 
 }  // namespace
 
-const Bf16Products* bf16_products() {
-  static const Bf16Products* const products = choose();
+int exact_parts() {
+  static const int parts = [] {
+    const char* variable = std::getenv("FASTRNN_CPU_FLOAT32");
+    const std::string wanted = variable == nullptr || *variable == '\0' ? "fma" : variable;
+    if (wanted != "fma" && wanted != "bf16x3") {
+      throw std::invalid_argument("FASTRNN_CPU_FLOAT32 should be 'fma' or 'bf16x3', got '" + wanted + "'");
+    }
+    return wanted == "fma" ? 0 : kMostParts;
+  }();
+  return parts;
+}
+
+const Bf16Products& bf16_products() {
+  static const Bf16Products products = choose();
   return products;
 }
 

@@ -16,7 +16,17 @@ struct Scan {
   Rows rows;
   CpuPlan plan;
   int directions = 1;
-  const Bf16Products* bf16 = nullptr;  // if the machine has them
+  const Bf16Products* bf16 = nullptr;  // for a plan with parts
+};
+
+// A product c [m, n] = a b of matrices of float32.
+struct GemmSizes {
+  int64_t m, n, k;
+};
+// Element (i, j) is data[i * row + j * column].
+struct Factor {
+  const float* data;
+  int64_t row, column;
 };
 
 template <class T>
@@ -31,6 +41,9 @@ struct CpuKernels {
   const char* name;
   ScanKernels<float> f32[kCellKinds];
   ScanKernels<double> f64[kCellKinds];
+  // c = or += a b in two or three parts of bfloat16 on so many threads, with c [m, ldc] and one stride of each factor one.
+  void (*multiply_in_parts)(const Bf16Products&, int parts, const GemmSizes&, const Factor& a, const Factor& b,
+                            float* c, int64_t ldc, bool add, int threads);
 
   template <class T>
   const ScanKernels<T>& get(CellKind kind) const {

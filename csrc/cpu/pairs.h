@@ -1,61 +1,64 @@
 // What the scans multiply where the machine has products of bfloat16 (bf16.h): weights in blocks of pairs, and the rows of
-// a step one after another as operands. Sums stay float32. Compiled once per ISA.
+// a step one after another as operands, all in one part or in several (parts.h). Sums stay float32. Compiled once per ISA.
 #pragma once
 
 #include "cpu/bf16.h"
+#include "cpu/parts.h"
 #include "cpu/scan_common.h"
 
 namespace fastrnn {
 inline namespace CPU_CAPABILITY {
 
-// k of an operand, with zeros behind: pairs; beyond 32 whole tiles of a matrix unit, which cuts others into small ones.
-constexpr int64_t operand_width(int64_t k) { return k <= 32 ? (k + 1) / 2 * 2 : (k + 31) / 32 * 32; }
-
-// Rounded to nearest.
-template <class W>
-void copy_rounded(at::BFloat16* to, const W* from, int64_t count) {
-  if constexpr (std::is_same_v<W, at::BFloat16>) {
-    std::copy_n(from, count, to);
-  } else {
-    constexpr int kLanes = Vec<float>::size();
-    for (int64_t k = 0; k < count; k += kLanes) store(to + k, load(from + k, count - k), count - k);
-  }
+// k of an operand, with zeros behind: pairs; beyond 32, and in parts always, whole tiles of a matrix unit, which cuts others
+// into small ones.
+constexpr int64_t operand_width(int64_t k, int parts) {
+  return parts == 1 && k <= kAmxDepth ? (k + 1) / 2 * 2 : (k + kAmxDepth - 1) / kAmxDepth * kAmxDepth;
 }
 
 // Part of a row for the next step: what this step computed, or zeros where the next begins anew.
-template <class W>
-void leave_operand(at::BFloat16* to, const W* from, int64_t count, bool cut) {
+template <int kParts, class W>
+void leave_operand(at::BFloat16* to, int64_t apart, const W* from, int64_t count, bool cut) {
   if (cut) {
-    std::fill_n(to, count, at::BFloat16(0));
+    for (int part = 0; part < kParts; ++part) std::fill_n(to + part * apart, count, at::BFloat16(0));
   } else {
-    copy_rounded(to, from, count);
+    copy_parts<kParts>(to, apart, from, count);
   }
 }
 
-// Two k of a row in the 32 bits of a float, for pack_transposed.
+// Two k of a row in the 32 bits of a float, for pack_transposed: of one part the numbers rounded, else their part kPart.
+template <int kParts, int kPart>
 struct Pair {
   static constexpr int kTogether = 2;
   template <class W>
   static FASTRNN_INLINE void copy(const W* from, int64_t count, float* to) {
     auto* pairs = reinterpret_cast<at::BFloat16*>(to);
-    copy_rounded(pairs, from, count);
+    if constexpr (kParts == 1) {
+      copy_parts<1>(pairs, 0, from, count);
+    } else {
+      constexpr int kLanes = Vec<float>::size();
+      for (int64_t k = 0; k < count; k += kLanes) {
+        for_parts<kPart + 1>(load(from + k, count - k), [&](int part, Vec<float> high) {
+          if (part == kPart) store_leading(pairs + k, high, count - k);
+        });
+      }
+    }
     if (count % 2 != 0) pairs[count] = at::BFloat16(0);
   }
 };
 
 // One block of columns as it lies, in pairs of k: out [operand_width(depth) / 2][kVectors][lanes][2] from w [depth, columns],
-// zeros beyond the last column and the depth.
-template <int kVectors, class W>
-void pack_columns_in_pairs(const W* w, int64_t columns, int64_t depth, int64_t block, at::BFloat16* out) {
+// zeros beyond the last column and the depth; further parts behind it, each `apart` behind the one before.
+template <int kParts, int kVectors, class W>
+void pack_columns_in_pairs(const W* w, int64_t columns, int64_t depth, int64_t block, at::BFloat16* out,
+                           int64_t apart) {
   constexpr int kLanes = Vec<float>::size();
-  for (int64_t k = 0; k < operand_width(depth); k += 2) {
+  for (int64_t k = 0; k < operand_width(depth, kParts); k += 2) {
     for (int v = 0; v < kVectors; ++v, out += 2 * kLanes) {
       const int64_t j = (block * kVectors + v) * kLanes, count = columns - j;
       const auto row = [&](int64_t at) {
         return count > 0 && at < depth ? load(w + at * columns + j, count) : Vec<float>(0);
       };
-      const auto [low, high] = at::vec::interleave2(row(k), row(k + 1));
-      at::vec::convert_from_float<at::BFloat16>(low, high).store(out);
+      store_pairs<kParts>(out, apart, row(k), row(k + 1));
     }
   }
 }
@@ -67,15 +70,16 @@ class Operands {
   static constexpr int64_t kRows = 32;  // of a product; where there are many, it takes several times as many
 
   Operands() = default;
-  Operands(int64_t batch, int64_t width, int members)
+  // `width`: of a row in one part
+  Operands(int64_t batch, int64_t width, const CpuPlan& plan)
       : batch_(batch),
-        rows_(batch + kRows * members),
+        rows_(batch + kRows * plan.threads),
         width_(width),
-        stride_(width + (width % kConflict == 0 ? 32 : 0)) {}
+        stride_(plan.parts * width + (plan.parts * width % kConflict == 0 ? 32 : 0)) {}
 
   void take(Arena& arena) { memory_ = arena.take<at::BFloat16>(2 * rows_ * stride_); }
   int64_t rows() const { return rows_; }
-  int64_t width() const { return width_; }
+  int64_t width() const { return width_; }  // of a row in one part; the next part is behind it
   int64_t stride() const { return stride_; }  // from a row to the next
 
   // [its rows, stride] of a member
@@ -100,20 +104,40 @@ class Operands {
   int64_t batch_ = 0, rows_ = 0, width_ = 0, stride_ = 0;
 };
 
-// c [count, n] = a b: rows in whole multiples, so that a batch whose rows end one by one needs no code of its own for each
-// number of them. What lies behind the last row, of a and of c, takes part and means nothing.
-inline void multiply_rows(const Bf16Products& products, int64_t count, int64_t n, int64_t k, const at::BFloat16* a,
-                          int64_t lda, const at::BFloat16* b, int64_t ldb, float* c, int64_t ldc) {
+// Calls f(first, count, height) for rows of which the products and what follows on them take turns, while the sums are in
+// L1: in parts two tiles of that height together (amx.h), else all.
+template <class F>
+FASTRNN_INLINE void for_products(const CpuPlan& plan, int64_t count, const F& f) {
+  if (plan.parts <= 1) {
+    f(0, count, 0);
+    return;
+  }
+  const int64_t height = tile_height(count);
+  for (int64_t i = 0; i < count; i += 2 * height) f(i, std::min(2 * height, count - i), height);
+}
+
+// c [count, n] = a b of operands, of which each part is `width` wide, and of weights in pairs, [width / 2][n][2]: k columns
+// of both from the ones given on. What lies behind the last row, of a and of c, takes part and means nothing: rows come in
+// whole multiples, so that a batch whose rows end one by one needs no code of its own for each number of them.
+inline void multiply_rows(const Scan& scan, int64_t height, int64_t count, int64_t n, int64_t k,
+                          const Operands& operands, const at::BFloat16* a, const at::BFloat16* b, float* c,
+                          int64_t ldc) {
   constexpr int64_t kManyRows = 4 * Operands::kRows;
+  const int64_t lda = operands.stride();
   if (k == 0) {  // a layer without inputs
     for (int64_t i = 0; i < count; ++i) std::fill_n(c + i * ldc, n, 0.0f);
+    return;
+  }
+  if (scan.plan.parts > 1) {
+    scan.bf16->multiply_parts({scan.plan.parts, height, count, n, k}, {a, lda, operands.width()},
+                              {b, n, operands.width() * n}, c, ldc);
     return;
   }
   int64_t m = 0;
   for (int64_t i = 0; i < count; i += m) {
     m = count - i >= kManyRows ? kManyRows : Operands::kRows;
     while (m / 2 >= count - i) m /= 2;
-    products.multiply(m, n, k, lda, ldb, ldc, a + i * lda, b, c + i * ldc);
+    scan.bf16->multiply(m, n, k, lda, n, ldc, a + i * lda, b, c + i * ldc);
   }
 }
 

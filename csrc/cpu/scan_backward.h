@@ -68,8 +68,8 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     Scratch s;
     // a single step has no recurrent product: nothing to pack
     s.packed = arena.take<T>(scan.rows.steps > 1 ? blocks(shape.outputs, kWidth) * depth(scan) * kWidth : 0);
-    if (scan.plan.bf16) {
-      s.operands = Operands(scan.rows.batch, operand_width(kGates * shape.units), scan.plan.threads);
+    if (scan.plan.parts > 0) {
+      s.operands = Operands(scan.rows.batch, operand_width(kGates * shape.units, scan.plan.parts), scan.plan);
       s.operands.take(arena);
     }
     s.projection = arena.take<T>(shape.projected ? blocks(shape.units, kWidth) * shape.outputs * kWidth : 0);
@@ -82,7 +82,8 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
   // Of a block of packed weights, in elements of T.
   static int64_t depth(const Scan& scan) {
     const int64_t gates = kGates * scan.shape.units;
-    return scan.plan.bf16 ? operand_width(gates) / Pair::kTogether : gates;
+    const int parts = scan.plan.parts;
+    return parts > 0 ? parts * operand_width(gates, parts) / 2 : gates;
   }
 
   // f(the gate gradients) of a row or of all, in the type that they have.
@@ -122,7 +123,7 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
       }
       place_.wait_for_units();
     }
-    if (scan_.plan.bf16) scan_.bf16->release();
+    if (scan_.plan.parts > 0) scan_.bf16->release();
     finish_rows();
   }
 
@@ -134,9 +135,12 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
         T* block = s_.packed + b * depth(scan_) * kWidth;
         with_stored(p_.w_hh, [&](const auto* w) {
           if constexpr (kHasPairs) {
-            if (scan_.plan.bf16) {
-              pack_columns_in_pairs<kVectors>(w, shape_.outputs, kGates * shape_.units, b,
-                                              reinterpret_cast<at::BFloat16*>(block));
+            if (scan_.plan.parts > 0) {
+              with_parts(scan_.plan.parts, [&]<int kParts>() {
+                pack_columns_in_pairs<kParts, kVectors>(w, shape_.outputs, kGates * shape_.units, b,
+                                                        reinterpret_cast<at::BFloat16*>(block),
+                                                        s_.operands.width() * kWidth);
+              });
               return;
             }
           }
@@ -146,7 +150,7 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
         });
       }
     }
-    if (scan_.plan.bf16) s_.operands.clear(place_);
+    if (scan_.plan.parts > 0) s_.operands.clear(place_);
     if (Cell::kProjects && shape_.projected) {
       const Range range = share(unit_blocks(), place_.member, place_.members);
       for (int64_t b = range.begin; b < range.end; ++b) {
@@ -195,7 +199,7 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
       r.rounded_gates = gates_of(p_.rounded_gates, t);
       r.grad_projected = shape_.projected ? p_.grad_projected + grad_row(t, i) * outputs : nullptr;
       r.operand = nullptr;
-      if (scan_.plan.bf16 && s + 1 < rows_.steps && i < rows_.active[before]) {
+      if (scan_.plan.parts > 0 && s + 1 < rows_.steps && i < rows_.active[before]) {
         r.operand = operands + (i - range.begin) * s_.operands.stride();
         r.cut = !flows;
       }
@@ -208,7 +212,7 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
   void phase(int64_t s, const Row* rows, int64_t count) const {
     const int64_t depth = s > 0 ? kGates * shape_.units : 0;
     zigzag(place_.blocks(output_blocks()), s, [&](int64_t block, int64_t next) {
-      if (scan_.plan.bf16) {
+      if (scan_.plan.parts > 0) {
         if constexpr (kHasPairs) products<kProjected>(s, rows, count, block);
         return;
       }
@@ -223,20 +227,22 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
   template <bool kProjected>
   void products(int64_t s, const Row* rows, int64_t count, int64_t block) const {
     T* sums = s_.partial + place_.member * s_.operands.rows() * kWidth;
-    const int64_t depth = s_.operands.width();
-    if (s == 0) {
-      std::fill_n(sums, count * kWidth, T(0));
-    } else {
-      const auto* w = reinterpret_cast<const at::BFloat16*>(s_.packed) + block * depth * kWidth;
-      multiply_rows(*scan_.bf16, count, kWidth, depth, s_.operands.of_step(s, place_), s_.operands.stride(), w, kWidth,
-                    sums, kWidth);
-    }
-    if (p_.rounded_gates != nullptr) {
-      hidden_sums<kProjected, true>(rows, count, sums, kWidth, block);
-    } else {
-      hidden_sums<kProjected, false>(rows, count, sums, kWidth, block);
-    }
-    if (!kProjected) leave_operands(rows, count, block);
+    const int64_t width = s_.operands.width();
+    const auto* w = reinterpret_cast<const at::BFloat16*>(s_.packed + block * depth(scan_) * kWidth);
+    for_products(scan_.plan, count, [&](int64_t first, int64_t some, int64_t height) {
+      if (s == 0) {
+        std::fill_n(sums, some * kWidth, T(0));
+      } else {
+        const at::BFloat16* gates = s_.operands.of_step(s, place_) + first * s_.operands.stride();
+        multiply_rows(scan_, height, some, kWidth, width, s_.operands, gates, w, sums, kWidth);
+      }
+      if (p_.rounded_gates != nullptr) {
+        hidden_sums<kProjected, true>(rows + first, some, sums, kWidth, block);
+      } else {
+        hidden_sums<kProjected, false>(rows + first, some, sums, kWidth, block);
+      }
+      if (!kProjected) leave_operands(rows + first, some, block);
+    });
   }
 
   // The recurrent gate gradients of a block of units, for the products of the next step.
@@ -247,7 +253,10 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
         // the separate gates have their recurrent parts behind those of all gates
         const int from = g < kGates - kSeparate ? g : g + kSeparate;
         with_gates(*row, [&](const auto* gates) {
-          leave_operand(row->operand + g * units + begin, gates + from * units + begin, width, row->cut);
+          with_parts(scan_.plan.parts, [&]<int kParts>() {
+            leave_operand<kParts>(row->operand + g * units + begin, s_.operands.width(), gates + from * units + begin,
+                                  width, row->cut);
+          });
         });
       }
     }
@@ -320,7 +329,7 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     zigzag(place_.blocks(unit_blocks()), s, [&](int64_t block, int64_t next) {
       for_row_tiles<kTileRows>(count, [&]<int kRows>(RowTile i) { projection_tile<kRows>(rows, i, block, next); });
       if constexpr (kHasPairs) {
-        if (scan_.plan.bf16) leave_operands(rows, count, block);
+        if (scan_.plan.parts > 0) leave_operands(rows, count, block);
       }
     });
   }

@@ -76,8 +76,8 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     const bool packed = scan.plan.recurrent == Recurrent::kPacked;
     Scratch s;
     s.packed = arena.take<T>(blocks(shape.units, kUnits) * depth(scan) * kWidth);
-    if (scan.plan.bf16) {
-      s.operands = Operands(batch, operand_width(shape.inputs) + operand_width(shape.outputs), scan.plan.threads);
+    if (scan.plan.parts > 0) {
+      s.operands = Operands(batch, input_width(scan) + operand_width(shape.outputs, scan.plan.parts), scan.plan);
       s.operands.take(arena);
     }
     s.partial = arena.take<T>(scan.plan.threads * sums_of_member(scan, s.operands));
@@ -96,10 +96,15 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   }
   T* sums_of_member() const { return s_.partial + place_.member * sums_of_member(scan_, s_.operands); }
 
+  // Of the input as part of an operand.
+  static int64_t input_width(const Scan& scan) {
+    return scan.plan.fused_input ? operand_width(scan.shape.inputs, scan.plan.parts) : 0;
+  }
   // Of a block of packed weights, in elements of T.
   static int64_t depth(const Scan& scan) {
     if (scan.plan.recurrent != Recurrent::kPacked) return 0;
-    if (scan.plan.bf16) return (operand_width(scan.shape.inputs) + operand_width(scan.shape.outputs)) / Pair::kTogether;
+    const int parts = scan.plan.parts;
+    if (parts > 0) return parts * (input_width(scan) + operand_width(scan.shape.outputs, parts)) / 2;
     return (scan.plan.fused_input ? scan.shape.inputs : 0) + scan.shape.outputs;
   }
 
@@ -109,7 +114,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   // hold them.
   int64_t units_of(int64_t block) const { return std::min(kUnits, shape_.units - block * kUnits); }
   int vectors_of(int64_t block) const {
-    return scan_.plan.bf16 ? kVectors : static_cast<int>(blocks(kGates * units_of(block), kLanes));
+    return scan_.plan.parts > 0 ? kVectors : static_cast<int>(blocks(kGates * units_of(block), kLanes));
   }
   // Where the next gate of a row begins in the sums of so many vectors.
   int64_t gate_stride(int64_t block, int vectors) const { return vectors == kVectors ? kUnits : units_of(block); }
@@ -123,7 +128,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       const int64_t t = p_.reverse ? rows_.steps - 1 - s : s;
       const int64_t count = find_rows(t, s, rows);
       if constexpr (kHasPairs) {
-        if (scan_.plan.bf16 && s + 1 < rows_.steps) gather_input(s + 1);
+        if (scan_.plan.parts > 0 && s + 1 < rows_.steps) gather_input(s + 1);
       }
       if (count > 0) units_phase(s, rows, count);
       if constexpr (Cell::kProjects) {
@@ -134,7 +139,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       }
       place_.wait_for_units();
     }
-    if (scan_.plan.bf16) scan_.bf16->release();
+    if (scan_.plan.parts > 0) scan_.bf16->release();
   }
 
   // Packs this member's part of the weights, and gives rows without a single step their final state.
@@ -145,7 +150,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       for (int64_t b = units.begin; b < units.end; ++b) {
         T* block = s_.packed + b * depth(scan_) * kWidth;
         if constexpr (kHasPairs) {
-          if (scan_.plan.bf16) {
+          if (scan_.plan.parts > 0) {
             pack_pairs(b, block);
             continue;
           }
@@ -175,7 +180,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       }
     }
     if constexpr (kHasPairs) {
-      if (scan_.plan.bf16) {
+      if (scan_.plan.parts > 0) {
         s_.operands.clear(place_);
         place_.wait();
         if (place_.member == 0 || !place_.shard_units) enter_states();
@@ -192,13 +197,21 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
 
   void pack_pairs(int64_t b, T* block) const {
     std::fill_n(block, depth(scan_) * kWidth, T(0));
-    with_stored(p_.w_ih, [&](const auto* w) {
-      pack_transposed<kGates, kUnitVectors, Pair>(w, shape_.units, shape_.inputs, b, block);
-    });
-    block += operand_width(shape_.inputs) / Pair::kTogether * kWidth;
-    with_stored(p_.w_hh, [&](const auto* w) {
-      pack_transposed<kGates, kUnitVectors, Pair>(w, shape_.units, shape_.outputs, b, block);
-    });
+    const int64_t apart = s_.operands.width() / 2 * kWidth;
+    const auto pack = [&]<class Element>(const Stored<T>& matrix, int64_t columns, T* out, Element) {
+      with_stored(matrix, [&](const auto* w) {
+        pack_transposed<kGates, kUnitVectors, Element>(w, shape_.units, columns, b, out);
+      });
+    };
+    const auto pack_all = [&](const Stored<T>& matrix, int64_t columns, T* out) {
+      with_parts(scan_.plan.parts, [&]<int kParts>() {
+        pack(matrix, columns, out, Pair<kParts, 0>());
+        if constexpr (kParts > 1) pack(matrix, columns, out + apart, Pair<kParts, 1>());
+        if constexpr (kParts > 2) pack(matrix, columns, out + 2 * apart, Pair<kParts, 2>());
+      });
+    };
+    if (scan_.plan.fused_input) pack_all(p_.w_ih, shape_.inputs, block);
+    pack_all(p_.w_hh, shape_.outputs, block + input_width(scan_) / 2 * kWidth);
   }
 
   // The states that enter, as operands: each row has them until its first step writes others.
@@ -209,26 +222,33 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       const int64_t n = rows_.order[i];
       const Sequence sequence = rows_.sequence(n);
       if (sequence.length == 0 || !sequence.enters(p_.reverse ? sequence.length - 1 : 0, p_.reverse)) continue;
-      for (int64_t s = 0; s < 2; ++s) copy_rounded(operand(s, i), p_.h0 + n * shape_.outputs, shape_.outputs);
+      with_parts(scan_.plan.parts, [&]<int kParts>() {
+        for (int64_t s = 0; s < 2; ++s) {
+          copy_parts<kParts>(operand(s, i), s_.operands.width(), p_.h0 + n * shape_.outputs, shape_.outputs);
+        }
+      });
     }
   }
 
   // Where row i of the batch, in the order of the scan, has h for step s; x lies before it.
   at::BFloat16* operand(int64_t s, int64_t i) const {
     const int64_t row = i - place_.rows(rows_.batch).begin;
-    return s_.operands.of_step(s, place_) + row * s_.operands.stride() + operand_width(shape_.inputs);
+    return s_.operands.of_step(s, place_) + row * s_.operands.stride() + input_width(scan_);
   }
 
   // The input of step s as operands: this member's rows, or its part of those that it shares.
   void gather_input(int64_t s) const {
+    if (!scan_.plan.fused_input) return;
     const int64_t t = p_.reverse ? rows_.steps - 1 - s : s;
     const Range range = share(rows_.batch, place_.member, place_.members);
     const int64_t end = std::min(range.end, rows_.active[t]);
     with_stored(p_.input, [&](const auto* x) {
-      for (int64_t i = range.begin; i < end; ++i) {
-        copy_rounded(operand(s, i) - operand_width(shape_.inputs), x + rows_.row(t, rows_.order[i]) * shape_.inputs,
-                     shape_.inputs);
-      }
+      with_parts(scan_.plan.parts, [&]<int kParts>() {
+        for (int64_t i = range.begin; i < end; ++i) {
+          copy_parts<kParts>(operand(s, i) - input_width(scan_), s_.operands.width(),
+                             x + rows_.row(t, rows_.order[i]) * shape_.inputs, shape_.inputs);
+        }
+      });
     });
   }
 
@@ -244,7 +264,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     const T* now = s_.h + (s % 2) * rows_.batch * outputs;
     T* next = s_.h + (1 - s % 2) * rows_.batch * outputs;
     const int64_t after = p_.reverse ? t - 1 : t + 1;
-    const auto* input = static_cast<const T*>(scan_.plan.bf16 ? nullptr : p_.input.data);
+    const auto* input = static_cast<const T*>(scan_.plan.parts > 0 ? nullptr : p_.input.data);
     for (int64_t i = range.begin; i < end; ++i) {
       const int64_t n = rows_.order[i], row = rows_.row(t, n);
       const Sequence sequence = rows_.sequence(n);
@@ -259,7 +279,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       r.output = p_.output.from(row * p_.output_stride);
       r.h_n = sequence.last(t, p_.reverse) ? p_.h_n + n * outputs : nullptr;
       r.operand = nullptr;
-      if (scan_.plan.bf16 && s + 1 < rows_.steps && i < rows_.active[after]) {
+      if (scan_.plan.parts > 0 && s + 1 < rows_.steps && i < rows_.active[after]) {
         r.operand = operand(s + 1, i);
         r.cut = !sequence.flows(after, p_.reverse);
       }
@@ -276,12 +296,12 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   }
 
   void units_phase(int64_t s, const Row* rows, int64_t count) const {
-    if (scan_.plan.recurrent == Recurrent::kPacked && !scan_.plan.bf16 && count <= kFewRows) {
+    if (scan_.plan.recurrent == Recurrent::kPacked && scan_.plan.parts == 0 && count <= kFewRows) {
       with_fused([&]<bool kFused>() { few_rows<kFused>(s, rows, count); });
       return;
     }
     zigzag(place_.blocks(unit_blocks()), s, [&](int64_t block, int64_t next) {
-      if (scan_.plan.bf16) {
+      if (scan_.plan.parts > 0) {
         if constexpr (kHasPairs) products(s, rows, count, block);
       } else if (scan_.plan.recurrent == Recurrent::kNatural) {
         for_row_tiles<kDotInputs>(count, [&]<int kRows>(RowTile i) { natural_tile<kRows>(rows + i.first, block); });
@@ -328,22 +348,26 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
 
   // Gate pre-activations of one block of units from products of bfloat16, and the cell on them.
   void products(int64_t s, const Row* rows, int64_t count, int64_t block) const {
-    const int64_t inputs = operand_width(shape_.inputs), width = s_.operands.width();
-    const at::BFloat16* x = s_.operands.of_step(s, place_);
+    const int64_t inputs = input_width(scan_), width = s_.operands.width();
     const auto* w = reinterpret_cast<const at::BFloat16*>(s_.packed + block * depth(scan_) * kWidth);
     T* const sums = sums_of_member();
-    const auto multiply = [&](int64_t k, const at::BFloat16* a, const at::BFloat16* b, T* c) {
-      multiply_rows(*scan_.bf16, count, kWidth, k, a, s_.operands.stride(), b, kWidth, c, kPartial);
-    };
-    // A matrix unit is set up anew whenever a product is of another kind than the one before: one for x and h together,
-    // or two alike.
-    if constexpr (kInputApart) {
-      multiply(inputs, x, w, sums + kWidth);
-      multiply(width - inputs, x + inputs, w + inputs * kWidth, sums);
-    } else {
-      multiply(width, x, w, sums);
-    }
-    cells<true>(rows, count, {sums, kPartial, kUnits, sums + kWidth}, block * kUnits);
+    for_products(scan_.plan, count, [&](int64_t first, int64_t some, int64_t height) {
+      const at::BFloat16* x = s_.operands.of_step(s, place_) + first * s_.operands.stride();
+      const auto multiply = [&](int64_t k, const at::BFloat16* a, const at::BFloat16* b, T* c) {
+        multiply_rows(scan_, height, some, kWidth, k, s_.operands, a, b, c, kPartial);
+      };
+      // A matrix unit is set up anew whenever a product is of another kind than the one before: one for x and h together,
+      // or two alike.
+      if (kInputApart && scan_.plan.fused_input) {
+        multiply(inputs, x, w, sums + kWidth);
+        multiply(width - inputs, x + inputs, w + inputs * kWidth, sums);
+      } else {
+        multiply(width, x, w, sums);
+      }
+      with_fused([&]<bool kFused>() {
+        cells<kFused>(rows + first, some, {sums, kPartial, kUnits, sums + kWidth}, block * kUnits);
+      });
+    });
   }
 
   // The cell on products that the caller has computed.
@@ -516,9 +540,13 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
 
   // h for the caller and the next step.
   FASTRNN_INLINE void leave(const Row& row, int64_t j, V h, int64_t count) const {
-    if (kHasPairs && scan_.plan.bf16) {
+    if (kHasPairs && scan_.plan.parts > 0) {
       if constexpr (kHasPairs) {
-        if (row.operand != nullptr) store(row.operand + j, row.cut ? V(0) : h, count);
+        if (row.operand != nullptr) {
+          with_parts(scan_.plan.parts, [&]<int kParts>() {
+            store_parts<kParts>(row.operand + j, s_.operands.width(), row.cut ? V(0) : h, count);
+          });
+        }
       }
       if (kState == ElementState::kHidden) store(row.next + j, h, count);
     } else {

@@ -64,7 +64,7 @@ py::dict plan(const std::string& cell, int64_t steps, int64_t batch, int64_t inp
                         : forward.recurrent == Recurrent::kNatural ? "natural"
                                                                    : "product";
   result["fused_input"] = forward.fused_input;
-  result["bf16"] = forward.bf16;
+  result["parts"] = forward.parts;
   result["threads"] = forward.threads;
   result["shard"] = forward.threads <= directions ? "none" : forward.shard_units ? "units" : "batch";
   if (training) {
@@ -72,7 +72,7 @@ py::dict plan(const std::string& cell, int64_t steps, int64_t batch, int64_t inp
     backward.backward = true;
     const CpuPlan p = plan_cpu(backward, machine);
     result["backward_threads"] = p.threads;
-    result["backward_bf16"] = p.bf16;
+    result["backward_parts"] = p.parts;
     result["backward_shard"] = p.threads <= directions ? "none" : p.shard_units ? "units" : "batch";
   }
   return result;
@@ -148,7 +148,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The native core of fastrnn.";
   m.def("build_info", &build_info);
   m.def("cpu_capability", [] { return cpu_kernels().name; });
-  m.def("cpu_bf16", [] { return cpu_machine(1).bf16 ? bf16_products()->name : "none"; });
+  m.def("cpu_bf16", [] { return cpu_machine(1).bf16 ? bf16_products().name : "none"; });
+  m.def("cpu_parts", [] { return cpu_machine(1).parts ? bf16_products().name : "none"; });
   m.def("plan", &plan, py::arg("cell"), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("directions") = 1, py::arg("dtype") = "float32",
         py::arg("training") = false, py::arg("threads") = 1, py::arg("ragged") = false);

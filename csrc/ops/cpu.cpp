@@ -1,13 +1,16 @@
 // The ops on the CPU: tensors to params, and the GEMMs around the scan.
 #include <ATen/Parallel.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/CPUAllocator.h>
 #include <pthread.h>
 #include <sys/mman.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 
 #include "cpu/kernels.h"
@@ -24,7 +27,11 @@ std::atomic<bool> forked{false};
 
 int threads() { return at::in_parallel_region() || forked ? 1 : at::get_num_threads(); }
 
-Scan make_scan(CellKind kind, const Layout& l, const Sizes& z, const RowTable& table, Storage storage, bool backward) {
+// How float32 is multiplied: as the plan says, or in no parts.
+enum class Products { kPlanned, kWhole };
+
+Scan make_scan(CellKind kind, const Layout& l, const Sizes& z, const RowTable& table, Storage storage, bool backward,
+               Products products) {
   Scan scan{kind, {z.inputs, z.units, z.outputs, l.projected}, table.rows(), {}, l.directions};
   CpuProblem problem{
       .steps = z.steps,
@@ -35,8 +42,9 @@ Scan make_scan(CellKind kind, const Layout& l, const Sizes& z, const RowTable& t
       .backward = backward,
   };
   describe(kind, storage, problem);
+  if (products == Products::kWhole) problem.parts = 0;
   const CpuMachine machine = cpu_machine(threads());
-  if (machine.bf16) scan.bf16 = bf16_products();
+  scan.bf16 = &bf16_products();
   scan.plan = plan_cpu(problem, machine);
   return scan;
 }
@@ -72,6 +80,25 @@ constexpr auto scalar_type = c10::CppTypeToScalarType<T>::value;
 
 // t.to(type), without a call of an op where there is nothing to do: a small layer takes less time than a few of them.
 Tensor to_type(const Tensor& t, at::ScalarType type) { return t.scalar_type() == type ? t : t.to(type); }
+
+// Where a product in parts is faster than one in float32: everything is packed once, and used as often as there are columns.
+bool worth_parts(int64_t m, int64_t n, int64_t k) {
+  constexpr int64_t kLeast = 64, kDepth = 32, kWork = 1 << 21;
+  return m >= kLeast && n >= kLeast && k >= kDepth && m * n * k >= kWork;
+}
+
+// sum (+)= a b, in so many parts of bfloat16.
+void add_product_in_parts(int parts, Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
+  const GemmSizes sizes{a.size(0), b.size(1), a.size(1)};
+  const auto lies_well = [](const Tensor& t) { return t.stride(0) == 1 || t.stride(1) == 1; };
+  if (!worth_parts(sizes.m, sizes.n, sizes.k) || !lies_well(a) || !lies_well(b) || sum.stride(1) != 1) {
+    add_product(sum, begun, a, b);
+    return;
+  }
+  const auto factor = [](const Tensor& t) { return Factor{t.const_data_ptr<float>(), t.stride(0), t.stride(1)}; };
+  cpu_kernels().multiply_in_parts(bf16_products(), parts, sizes, factor(a), factor(b), sum.mutable_data_ptr<float>(),
+                                  sum.stride(0), begun, threads());
+}
 
 template <class T>
 Tensor as(const Tensor& t) {
@@ -114,17 +141,20 @@ void clear_padding(const RowTable& table, const Tensor& data) {
   }
 }
 
+// Where a number is infinite its parts are not, but NaN: so is what is made of them, which float32 itself may know better.
+bool has_nan(const Tensor& result) { return result.defined() && std::isnan(result.sum().item<double>()); }
+
 // Computes in T. Weights and output stay in the type of the layer: the scan converts them as it packs, multiplies or
 // writes them.
 template <class T>
 Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList stored_hx, const Tensors& weights,
-                const RowTable& table, bool need_steps, bool need_reserve) {
+                const RowTable& table, bool need_steps, bool need_reserve, Products products = Products::kPlanned) {
   const CellTraits& cell = traits(kind);
   const Sizes z(l);
   Tensors hx;
   for (const Tensor& state : stored_hx) hx.push_back(as<T>(state));
   const auto options = input.options().dtype(scalar_type<T>);
-  const Scan scan = make_scan(kind, l, z, table, storage_of(input), false);
+  const Scan scan = make_scan(kind, l, z, table, storage_of(input), false, products);
   const bool projects = scan.plan.fused_input;
   const int64_t directions = l.directions, total = table.total();
   LayerResult result(kind, z, input.sizes(), input.options(), scalar_type<T>, need_steps);
@@ -135,11 +165,11 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList 
   Tensor gates;
   if (!projects || need_reserve) gates = with_huge_pages(result.allocate_gates(z, columns, options));
 
-  const Tensor x = (scan.plan.bf16 ? input.contiguous() : as<T>(input)).reshape({total, z.inputs});
+  const Tensor x = (scan.plan.parts > 0 && projects ? input.contiguous() : as<T>(input)).reshape({total, z.inputs});
   const int64_t bias_width = (cell.gates + cell.separate) * z.units;
   const at::DataPtr bias = temporary(directions * bias_width * static_cast<int64_t>(sizeof(T)));
   ForwardParams<T> params[2];
-  Tensor products[2];
+  Tensor initial[2];  // products of the initial states
   for (int d = 0; d < l.directions; ++d) {
     ForwardParams<T>& p = params[d];
     p.reverse = d == 1;
@@ -168,10 +198,15 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList 
       p.input = stored<T>(x);
     } else if (total > 0) {
       Tensor projection = gates.select(0, d).view({total, columns}).narrow(1, 0, cell.gates * z.units);
-      at::mm_out(projection, x, as<T>(weights[l.w_ih(d)]).t());
+      const Tensor w = as<T>(weights[l.w_ih(d)]).t();
+      if (scan.plan.parts > 1) {
+        add_product_in_parts(scan.plan.parts, projection, false, x, w);
+      } else {
+        at::mm_out(projection, x, w);
+      }
       if (scan.plan.recurrent == Recurrent::kProduct && p.h0 != nullptr) {
-        products[d] = at::mm(hx[0].select(0, d), as<T>(weights[l.w_hh(d)]).t());
-        p.product = data<T>(products[d]);
+        initial[d] = at::mm(hx[0].select(0, d), as<T>(weights[l.w_hh(d)]).t());
+        p.product = data<T>(initial[d]);
       }
     }
   }
@@ -179,6 +214,9 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList 
   const auto& kernels = cpu_kernels().get<T>(kind);
   kernels.forward(scan, params, temporary(kernels.forward_scratch(scan)).get());
   clear_padding(table, result.output);
+  if (scan.plan.parts > 1 && has_nan(result.output)) {
+    return forward<T>(kind, l, input, stored_hx, weights, table, need_steps, need_reserve, Products::kWhole);
+  }
   clear_padding(table, result.cells);
   if (need_reserve) clear_padding(table, gates);
   return result.with_reserve(need_reserve ? gates : at::empty({0}, options));
@@ -213,17 +251,18 @@ Tensor copy_previous(const Rows& rows, const int64_t* offset, int64_t count, con
 template <class T>
 Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_outputs, const Tensor& input,
                  const Tensors& hx, const Tensors& weights, const RowTable& table, const Tensor& output,
-                 const Tensor& stored_reserve, bool batch_first, const Mask& mask, int64_t groups) {
+                 const Tensor& stored_reserve, bool batch_first, const Mask& mask, int64_t groups,
+                 Products products = Products::kPlanned) {
   const CellTraits& cell = traits(kind);
   const Sizes z(l);
   const auto options = input.options().dtype(scalar_type<T>);
   const Rows& rows = table.rows();
   const int64_t total = table.total(), directions = l.directions;
-  const Scan scan = make_scan(kind, l, z, table, storage_of(input), true);
+  const Scan scan = make_scan(kind, l, z, table, storage_of(input), true, products);
   constexpr int64_t kFewRows = 4;
-  const bool in_bf16 = input.scalar_type() == at::kBFloat16 && (scan.bf16 != nullptr || total <= kFewRows);
+  const bool in_bf16 = input.scalar_type() == at::kBFloat16 && (cpu_machine(1).bf16 || total <= kFewRows);
   const auto product = in_bf16 ? at::kBFloat16 : scalar_type<T>;
-  const bool rounded = in_bf16 && scan.plan.bf16;  // all that is made of the gate gradients are such products
+  const bool rounded = in_bf16 && scan.plan.parts == 1;  // all that is made of the gate gradients are such products
 
   // Rows beyond a length are left out of every product, so that nothing of them, NaN included, enters one: gradients lie
   // row after row as the scan visits them. Groups need all rows where they were, and zeros in those.
@@ -261,6 +300,11 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   const int64_t reserve_columns = reserve.size(-1);
   BackwardParams<T> params[2];
   ScanGradients scanned;
+  if (scan.plan.parts > 1) {
+    scanned.add_product = [parts = scan.plan.parts](Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
+      add_product_in_parts(parts, sum, begun, a, b);
+    };
+  }
   Tensor all_gates[2];  // [count, (G+S)*H]
   scanned.carry = at::zeros({directions, z.batch, z.units}, options);
   if (a.wants_states()) scanned.grad_first = at::empty({directions, z.batch, cell.gates * z.units}, options);
@@ -343,6 +387,10 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
     for (int64_t n = 0; n < z.batch; ++n) empty_rows.mutable_data_ptr<bool>()[n] = rows.length[n] == 0;
   }
   Tensors result = layer_gradients(a, scanned, empty_rows);
+  if (scan.plan.parts > 1 && std::any_of(result.begin(), result.end(), has_nan)) {
+    return backward<T>(kind, l, grad_outputs, input, hx, weights, table, output, stored_reserve, batch_first, mask,
+                       groups, Products::kWhole);
+  }
   if (a.wants_input()) {
     if (dense) {
       result[0] = at::empty({total, z.inputs}, result[0].options()).index_copy_(0, *valid, result[0]);

@@ -14,15 +14,6 @@
 namespace fastrnn {
 namespace {
 
-// sum (+)= a b; it has numbers if `begun`.
-void add_product(Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
-  if (begun) {
-    sum.addmm_(a, b);
-  } else {
-    at::mm_out(sum, a, b);
-  }
-}
-
 // Products of sums that were cut into short ones. A sum of some terms [A, B] by one product of all, if that is not much
 // memory: several products one after another would cost a small layer more in launches.
 constexpr int64_t kMostAtOnce = int64_t{1} << 22;  // elements
@@ -42,23 +33,23 @@ void add_products(Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
 
 // sum (+)= grad w, with grad [rows, G H] and w [G H, I]; an undefined sum is zero. Short sums, where they are wanted at all
 // and the columns are many, are those of a gate.
-void add_by_gates(Tensor& sum, const Tensor& grad, const Tensor& w, int gates, bool short_sums) {
+void add_by_gates(const ScanGradients& scan, Tensor& sum, const Tensor& grad, const Tensor& w, int gates) {
   constexpr int64_t kMany = 2048;
   const bool begun = sum.defined();
   const int64_t rows = grad.size(0), columns = w.size(0), inputs = w.size(1), units = columns / gates;
   if (!begun) sum = at::empty({rows, inputs}, grad.options());
-  if (short_sums && gates > 1 && columns >= kMany) {
+  if (scan.short_sums && gates > 1 && columns >= kMany) {
     add_products(sum, begun, grad.view({rows, gates, units}).transpose(0, 1), w.view({gates, units, inputs}));
   } else {
-    add_product(sum, begun, grad, w);
+    scan.add_product(sum, begun, grad, w);
   }
 }
 
 // Weight gradients: a product over all rows, or over the rows of each of `groups` blocks of the batch.
 class Reduction {
  public:
-  Reduction(const Sizes& z, bool batch_first, int64_t groups, bool short_sums)
-      : z_(z), batch_first_(batch_first), groups_(groups), short_sums_(short_sums) {}
+  Reduction(const Sizes& z, bool batch_first, int64_t groups, const ScanGradients& scan)
+      : z_(z), batch_first_(batch_first), groups_(groups), scan_(scan) {}
 
   // Rows of x [rows, B], and the row of a gradient that its first belongs to.
   struct Term {
@@ -113,7 +104,7 @@ class Reduction {
   // slice (+)= grad^T x of a term with rows.
   void add(Tensor& slice, bool begun, const Tensor& grad, const Term& term) const {
     const int64_t rows = term.x.size(0), width = grad.size(1);
-    const int64_t sums = short_sums_ ? std::min(rows / kFewRows, kMostSums) : 1;
+    const int64_t sums = scan_.short_sums ? std::min(rows / kFewRows, kMostSums) : 1;
     if (sums > 1) {
       const int64_t each = rows / sums, all = sums * each;
       const Tensor factors = grad.narrow(0, term.first, all).view({sums, each, width}).transpose(1, 2);
@@ -125,7 +116,7 @@ class Reduction {
     if (!begun && rows == 1) {
       at::mul_out(slice, factor, term.x);  // written once; a product of one k would be prepared as one of many
     } else {
-      add_product(slice, begun, factor, term.x);
+      scan_.add_product(slice, begun, factor, term.x);
     }
   }
 
@@ -133,7 +124,7 @@ class Reduction {
   const Sizes& z_;
   bool batch_first_;
   int64_t groups_;
-  bool short_sums_;
+  const ScanGradients& scan_;
 };
 
 Tensor allocate(std::vector<int64_t> rows, int64_t last, const at::TensorOptions& options) {
@@ -142,6 +133,14 @@ Tensor allocate(std::vector<int64_t> rows, int64_t last, const at::TensorOptions
 }
 
 }  // namespace
+
+void add_product(Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
+  if (begun) {
+    sum.addmm_(a, b);
+  } else {
+    at::mm_out(sum, a, b);
+  }
+}
 
 Storage storage_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -192,11 +191,11 @@ Tensors layer_gradients(const BackwardArguments& a, const ScanGradients& scan, c
   const Sizes& z = a.sizes;
   const CellTraits& cell = traits(a.kind);
   Tensors result(1 + a.hx.size() + a.weights.size());
-  const Reduction reduction(z, a.batch_first, a.groups, scan.short_sums);
+  const Reduction reduction(z, a.batch_first, a.groups, scan);
   for (int d = 0; d < l.directions; ++d) {
     const DirectionGradients& g = scan.each[d];
     const auto weight = [&](int index) -> Tensor& { return result[1 + a.hx.size() + index]; };
-    if (a.wants_input()) add_by_gates(result[0], g.input_gates, a.weights[l.w_ih(d)], cell.gates, scan.short_sums);
+    if (a.wants_input()) add_by_gates(scan, result[0], g.input_gates, a.weights[l.w_ih(d)], cell.gates);
     if (a.wants_weight(l.w_ih(d))) weight(l.w_ih(d)) = reduction.outer(g.input_gates, a.input);
     if (a.wants_weight(l.w_hh(d))) {
       std::vector<Reduction::Term> states{{g.previous_first, g.previous}};

@@ -3,6 +3,8 @@
 
 #include <ATen/ops/empty.h>
 
+#include <functional>
+
 #include "core/params.h"
 #include "ops/checks.h"
 
@@ -64,6 +66,9 @@ struct DirectionGradients {
   Tensor activation;  // [rows, H] projected only
 };
 
+// sum (+)= a b; it has numbers if `begun`.
+void add_product(Tensor& sum, bool begun, const Tensor& a, const Tensor& b);
+
 struct ScanGradients {
   std::vector<DirectionGradients> each;  // [D]
   Tensor grad_first;  // [D, N, G*H] recurrent gate gradients of each row's first step, or undefined
@@ -71,6 +76,7 @@ struct ScanGradients {
   // GEMMs add term after term to one number of that type, and err by more the more there are: long sums are then made of
   // several.
   bool short_sums = false;
+  std::function<void(Tensor& sum, bool begun, const Tensor& a, const Tensor& b)> add_product = fastrnn::add_product;
 };
 
 // The arguments of a backward op, as plain tensors on one device; input and weights are of the type of the products.

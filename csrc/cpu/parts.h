@@ -1,0 +1,91 @@
+// Numbers of bfloat16 that a float32 is multiplied as: one that it is rounded to, or two or three whose sum it is (amx.h).
+// Compiled once per ISA.
+#pragma once
+
+#include "cpu/amx.h"
+#include "cpu/vec.h"
+
+namespace fastrnn {
+inline namespace CPU_CAPABILITY {
+
+// v rounded to 8 bits, to nearest. What it is off by is exact, and takes 8 bits less than v. Of NaN, something whose
+// difference to it is NaN.
+FASTRNN_INLINE Vec<float> leading(Vec<float> v) {
+  constexpr int32_t kHalf = 0x8000, kKept = ~0xffff;
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512i bits = _mm512_add_epi32(_mm512_castps_si512(v), _mm512_set1_epi32(kHalf));
+  return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(kKept)));
+#else
+  using Bits = at::vec::Vectorized<int32_t>;
+  return at::vec::cast<float>((at::vec::cast<int32_t>(v) + Bits(kHalf)) & Bits(kKept));
+#endif
+}
+
+// f(part, the numbers of it) for kParts of v, one after the other.
+template <int kParts, class F>
+FASTRNN_INLINE void for_parts(Vec<float> v, const F& f) {
+#pragma GCC unroll 4
+  for (int part = 0; part < kParts; ++part) {
+    const Vec<float> high = leading(v);
+    f(part, high);
+    v = v - high;
+  }
+}
+
+// Numbers that leading() has given.
+FASTRNN_INLINE void store_leading(at::BFloat16* p, Vec<float> v, int64_t count) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m256i narrow = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v), 16));
+  if (count >= Vec<float>::size()) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow);
+  } else {
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << count) - 1), narrow);
+  }
+#else
+  store(p, v, count);
+#endif
+}
+
+// A number to `to` in one part, rounded to nearest, or in several, each `apart` behind the one before.
+template <int kParts>
+FASTRNN_INLINE void store_parts(at::BFloat16* to, int64_t apart, Vec<float> v, int64_t count) {
+  if constexpr (kParts == 1) {
+    store(to, v, count);
+  } else {
+    for_parts<kParts>(v, [&](int part, Vec<float> high) { store_leading(to + part * apart, high, count); });
+  }
+}
+
+template <int kParts, class W>
+void copy_parts(at::BFloat16* to, int64_t apart, const W* from, int64_t count) {
+  if constexpr (kParts == 1 && std::is_same_v<W, at::BFloat16>) {
+    std::copy_n(from, count, to);
+  } else {
+    constexpr int kLanes = Vec<float>::size();
+    for (int64_t k = 0; k < count; k += kLanes)
+      store_parts<kParts>(to + k, apart, load(from + k, count - k), count - k);
+  }
+}
+
+// Pairs (a[i], b[i]) in the same way, to [lanes][2].
+template <int kParts>
+FASTRNN_INLINE void store_pairs(at::BFloat16* to, int64_t apart, Vec<float> a, Vec<float> b) {
+  const auto [low, high] = at::vec::interleave2(a, b);
+  store_parts<kParts>(to, apart, low, Vec<float>::size());
+  store_parts<kParts>(to + Vec<float>::size(), apart, high, Vec<float>::size());
+}
+
+// f.template operator()<parts>()
+template <class F>
+FASTRNN_INLINE void with_parts(int parts, const F& f) {
+  if (parts == 1) {
+    f.template operator()<1>();
+  } else if (parts == 2) {
+    f.template operator()<2>();
+  } else {
+    f.template operator()<kMostParts>();
+  }
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fastrnn

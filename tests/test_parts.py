@@ -1,0 +1,147 @@
+"""float32 multiplied in parts of bfloat16: two by torch's leave (TF32), three for all of its digits."""
+
+import pytest
+from test_backend import python
+
+
+@pytest.fixture(params=["emulate", "auto"])
+def products(request, native):
+    """FASTRNN_CPU_BF16: loops in place of a matrix unit, and the machine's own."""
+    if request.param == "auto" and native.cpu_parts() == "none":
+        pytest.skip("this machine has no matrix unit for bfloat16, or FASTRNN_CPU_BF16 forbids it")
+    return request.param
+
+
+# Whole cases, as in test_half.py: several tiles of rows and of k, rows in tiles of less than 16, an input within the
+# products and one ahead of them, packed rows, both directions, a projection, lengths and resets.
+RULE = """
+    import torch, fastrnn
+    from cases import data, module, small
+    from test_features import OPTIONS, compare_apart
+    from test_modules import compare
+    torch.set_num_threads(THREADS)
+    shapes = (
+        {"steps": 5, "batch": 29, "inputs": 17, "hidden": 65},
+        {"steps": 4, "batch": 16, "inputs": 1, "hidden": 129, "layout": "unsorted"},
+        {"steps": 7, "batch": 47, "inputs": 65, "hidden": 64, "bidirectional": True, "num_layers": 2, "bias": False},
+        {"steps": 5, "batch": 61, "inputs": 259, "hidden": 67, "layout": "sorted", "hx": False},
+    )
+    for shape in shapes:
+        for case in small(**shape):
+            assert fastrnn.explain(module(case), *data(case)).count("bf16x3") >= 2 * case.num_layers, case
+            compare(case, "one thread")
+    for which in OPTIONS:
+        for case in small(steps=5, batch=17, inputs=3, hidden=65, bidirectional=True, layout="batch_first"):
+            compare_apart(case, which, "one thread")
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rule_in_three_parts(products, threads, native):
+    code = RULE.replace("THREADS", str(threads))
+    done = python(code, FASTRNN_BACKEND="native", FASTRNN_CPU_BF16=products, FASTRNN_CPU_FLOAT32="bf16x3")
+    assert done.returncode == 0, done.stderr
+
+
+# The switches, and what two parts err by: less than TF32's 11 bits would.
+PRECISION = """
+    import torch, fastrnn
+    rnn = torch.backends.mkldnn.rnn
+
+    def results(net, input):
+        net.zero_grad()
+        input = input.clone().requires_grad_()
+        output, state = net(input)
+        output.square().sum().backward()
+        return [output.detach(), input.grad, *[p.grad.clone() for p in net.parameters()]]
+
+    for name in ("RNN", "LSTM", "GRU"):
+        torch.manual_seed(1)
+        net, input = getattr(fastrnn, name)(97, 129, bidirectional=True), torch.randn(9, 37, 97)
+        rnn.fp32_precision = "none"
+        exact = results(net, input)
+        assert "bf16x" not in fastrnn.explain(net, input)
+        rnn.fp32_precision = "tf32"
+        assert fastrnn.explain(net, input).count("bf16x2") == 2  # forward and backward
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert fastrnn.explain(net, input).count("bf16x2") == 2
+        assert "bf16x" not in fastrnn.explain(net, input[:, :11])
+        assert "bf16x" not in fastrnn.explain(net.double(), input.double())
+        assert "bf16x" not in fastrnn.explain(net.bfloat16(), input.bfloat16())
+        assert "products of bfloat16" in fastrnn.explain(net, input.bfloat16())
+        torch.manual_seed(1)
+        net = getattr(fastrnn, name)(97, 129, bidirectional=True)
+        for one, other in zip(results(net, input), exact, strict=True):
+            error = (one - other).abs().max() / other.abs().max()
+            assert 1e-6 < error < 2**-14, (name, error)
+        rnn.fp32_precision = "ieee"
+        assert "bf16x" not in fastrnn.explain(net, input)
+        for one, other in zip(results(net, input), exact, strict=True):
+            assert torch.equal(one, other)
+"""
+
+
+def test_two_parts_by_leave(products, native):
+    done = python(PRECISION, FASTRNN_BACKEND="native", FASTRNN_CPU_BF16=products)
+    assert done.returncode == 0, done.stderr
+
+
+def test_precision_where_there_is_no_unit(native):
+    code = """
+        import torch, fastrnn
+        torch.backends.mkldnn.rnn.fp32_precision = "tf32"
+        assert fastrnn.build_info()["cpu_parts"] == "none"
+        assert "bf16x" not in fastrnn.explain(fastrnn.LSTM(65, 65), torch.ones(5, 17, 65))
+    """
+    done = python(code, FASTRNN_BACKEND="native", FASTRNN_CPU_BF16="off", FASTRNN_CPU_FLOAT32="bf16x3")
+    assert done.returncode == 0, done.stderr
+
+
+# Parts of infinity are NaN: where one enters or arises, results are those of float32, bit by bit.
+SPECIAL = """
+    import torch, fastrnn
+    rnn = torch.backends.mkldnn.rnn
+
+    def results(net, input, weight, times):
+        net.zero_grad()
+        input = input.clone().requires_grad_()
+        output, state = net(input)
+        (output * weight).sum().mul(times).backward()
+        return [output.detach(), input.grad, *[p.grad.clone() for p in net.parameters()]]
+
+    nets = [fastrnn.RNN(17, 65), fastrnn.RNN(17, 65, nonlinearity="relu"), fastrnn.LSTM(17, 65), fastrnn.GRU(17, 65)]
+    for net in nets:
+        for value, where in ((torch.inf, "input"), (-torch.inf, "input"), (torch.nan, "input"), (3.4e38, "input"),
+                             (torch.inf, "weight"), (torch.nan, "grad"), (torch.inf, "grad")):
+            torch.manual_seed(2)
+            input, weight, times = torch.randn(5, 19, 17), torch.randn(5, 19, 65), 1.0
+            with torch.no_grad():
+                for p in net.parameters():
+                    p.uniform_(-0.1, 0.1)
+                if where == "weight":
+                    net.weight_ih_l0[3, 5] = value
+            if where == "input":
+                input[1, 3, 5] = value
+            if where == "grad":
+                weight[2, 4, 6] = value
+            rnn.fp32_precision = "ieee"
+            expected = results(net, input, weight, times)
+            rnn.fp32_precision = "tf32"
+            assert "bf16x2" in fastrnn.explain(net, input)
+            found = results(net, input, weight, times)
+            for one, other in zip(found, expected, strict=True):
+                assert torch.equal(one.isnan(), other.isnan()), (type(net), value, where)
+                assert torch.equal(one.isinf(), other.isinf()), (type(net), value, where)
+            if where != "grad":  # the forward pass was repeated as a whole
+                assert torch.equal(found[0].nan_to_num(), expected[0].nan_to_num())
+"""
+
+
+def test_infinity_and_nan(products, native):
+    done = python(SPECIAL, FASTRNN_BACKEND="native", FASTRNN_CPU_BF16=products)
+    assert done.returncode == 0, done.stderr
+
+
+def test_value_that_is_not_one(native):
+    done = python("import fastrnn", FASTRNN_BACKEND="native", FASTRNN_CPU_FLOAT32="bf16x9")
+    assert "ValueError: FASTRNN_CPU_FLOAT32 should be one of fma or bf16x3, got: 'bf16x9'" in done.stderr
