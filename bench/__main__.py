@@ -41,7 +41,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--cell", nargs="+", choices=cases.CELLS, default=list(cases.CELLS))
     parser.add_argument("--case", nargs="+", metavar="NAME", help="names or patterns such as 'stream-*' (default: all)")
-    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "tf32", "bfloat16"), default=["float32"])
     parser.add_argument("--mode", nargs="+", choices=cases.MODES, default=list(cases.MODES))
     parser.add_argument("--threads", nargs="+", type=int, default=[0], help="thread counts; 0: all (default)")
     parser.add_argument("--backend", choices=BACKENDS, help="sets FASTRNN_BACKEND")

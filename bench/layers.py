@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -20,7 +21,8 @@ from bench import limits, timing
 from bench.cases import PEERS, Case
 
 CLASSES = {"rnn": "RNN", "lstm": "LSTM", "gru": "GRU"}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# tf32: float32 of which the products may be as inexact as TF32's, by torch's switch for it.
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Largest difference allowed between two implementations, relative to the largest value of the tensor. It is there to
 # refuse to time wrong work (one wrong gate is off by 0.1 and more); the accuracy itself is the tests' subject. A
@@ -265,6 +267,27 @@ class Row:
         return min([self.ratio, *(ratio for name, ratio in self.peer_ratios.items() if name in PEERS)])
 
 
+@contextmanager
+def fp32_precision(precision: str) -> Iterator[None]:
+    """``torch.backends.mkldnn.rnn.fp32_precision`` for a while."""
+    switch = torch.backends.mkldnn.rnn  # type: ignore[attr-defined]
+    before, switch.fp32_precision = switch.fp32_precision, precision
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
+
+
+def _in_full(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The same in float32's own precision."""
+
+    def exact() -> Any:
+        with fp32_precision("ieee"):
+            return run()
+
+    return exact
+
+
 def measure(
     case: Case,
     cell: str,
@@ -281,12 +304,13 @@ def measure(
     """Check and time one row; see `bench.timing.compare` for ``budget`` and ``limit`` (seconds).
 
     ``peers`` are further runtimes, timed in inference with float32 only, as they offer no more. ``against_limits``
-    measures in the same rounds what the machine can do in float32.
+    measures in the same rounds what the machine can do in float32. A row in tf32, or in float32 with
+    ``FASTRNN_CPU_FLOAT32=bf16x3``, has fastrnn's own float32 beside it.
     """
-    with timing.threads(thread_count) as count:
+    with timing.threads(thread_count) as count, fp32_precision(dtype) if dtype == "tf32" else nullcontext():
         problem = make_problem(case, cell, DTYPES[dtype], device)
         runs: list[Any] = [*variants(problem)]
-        if peers and mode == "inference" and dtype == "float32":
+        if peers and mode == "inference" and dtype != "bfloat16":
             from bench.peers import peer_variant
 
             runs += [peer_variant(peer, problem, count) for peer in peers]
@@ -294,13 +318,15 @@ def measure(
         # The mode is entered once, outside the samples: entering it costs as much as a tenth of the shortest call.
         with torch.inference_mode(mode == "inference"):
             functions = {run.name: run.forward if mode == "inference" else run.train for run in runs}
+            if dtype == "tf32" or (dtype == "float32" and load_fastrnn().build_info().get("cpu_float32") == "bf16x3"):
+                functions["fastrnn-float32"] = _in_full(functions["fastrnn"])
+            others = [name for name in functions if name not in ("torch", "fastrnn")]
             machine = None
             if against_limits and dtype == "float32":
                 capability = load_fastrnn().build_info()["cpu_capability"]
                 machine = limits.Limits(case, cell, mode, count, capability)
                 functions |= machine.functions
             comparison = timing.compare(functions, budget=budget, limit=limit, clock=timing.clock_for(device))
-    others = [run.name for run in runs if run.name not in ("torch", "fastrnn")]
     row = Row(
         cell=cell,
         case=case.name,

@@ -34,9 +34,9 @@ def build_info() -> dict[str, Any]:
         ``backend`` ("native" or "python"), ``reason`` (why it is python, else empty), and from the native library:
         its version, the torch and compiler that it was built with, whether it has CUDA, the CPU capabilities built in,
         ``cpu_capability``, the one in use, ``cpu_bf16``, how bfloat16 is multiplied: "native", by instructions of the
-        machine; "none", in float32; or "emulated" (``FASTRNN_CPU_BF16=emulate``); and ``cpu_parts``, the same of float32
-        in parts of bfloat16 (``torch.backends.mkldnn.rnn.fp32_precision = "tf32"``, ``FASTRNN_CPU_FLOAT32=bf16x3``),
-        "native" with AMX.
+        machine; "none", in float32; or "emulated" (``FASTRNN_CPU_BF16=emulate``); ``cpu_parts``, the same of float32 in
+        parts of bfloat16, "native" with AMX; and ``cpu_float32``, "bf16x3" if float32 is to be multiplied so
+        (``FASTRNN_CPU_FLOAT32``), else "fma".
     """
     info: dict[str, Any] = {
         "backend": "python" if _backend.layer_ops is None else "native",
@@ -46,6 +46,7 @@ def build_info() -> dict[str, Any]:
         info |= _backend.native.build_info()
         info["cpu_capability"] = _backend.native.cpu_capability()
         info["cpu_bf16"] = _backend.native.cpu_bf16()
+        info["cpu_float32"] = _backend.native.cpu_float32()
         info["cpu_parts"] = _backend.native.cpu_parts()
     return info
 

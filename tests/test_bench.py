@@ -219,6 +219,14 @@ def test_wrong_results_are_not_timed():
         layers.check(problem, runs, "training")
 
 
+def test_tf32_has_float32_beside_it():
+    case = cases.Case("small", 17, 5, 3, 65, "a test")
+    row = layers.measure(case, "lstm", "training", dtype="tf32", budget=0.0)
+    assert row.dtype == "tf32" and set(row.peer_ratios) == {"fastrnn-float32"}
+    assert set(row.seconds) == {"torch", "fastrnn", "fastrnn-float32"}
+    assert torch.backends.mkldnn.rnn.fp32_precision == "none"
+
+
 def make_row(cell: str, case: str, mode: str, ratio: float) -> layers.Row:
     seconds = {"torch": {"min": 1e-3 * ratio, "median": 2e-3}, "fastrnn": {"min": 1e-3, "median": 1e-3}}
     return layers.Row(cell, case, "N1 T1", mode, "float32", 2, 5, seconds, ratio, ratio)

@@ -111,7 +111,10 @@ CpuPlan plan_cpu(const CpuProblem& p, const CpuMachine& machine) {
   }
   share_work(p, machine, plan);
   if (plan.parts > 0) {
-    plan.fused_input = !p.backward && (plan.parts == 1 || 2 * bytes_in_parts(p, plan.parts) <= machine.l2_bytes);
+    // rounded, both are one product; in parts a GEMM ahead is as fast, and worth a buffer unless half of L2 has room for
+    // the weights
+    const int64_t bytes = bytes_in_parts(p, plan.parts) / (plan.shard_units ? plan.threads / p.directions : 1);
+    plan.fused_input = !p.backward && (plan.parts == 1 || bytes <= machine.l2_bytes / 2);
   } else if (!p.backward && plan.recurrent == Recurrent::kPacked) {
     const int members = std::max(1, plan.threads / p.directions);
     const int64_t rows = p.batch / (plan.shard_units ? 1 : members);

@@ -28,7 +28,8 @@ void configure(int64_t rows) {
     configuration.column_bytes[tile] = 64;
     configuration.rows[tile] = static_cast<uint8_t>(tile < 6 ? rows : kAmxRows);
   }
-  _tile_loadconfig(&configuration);
+  // g++ takes the intrinsic for one that reads 8 bytes
+  asm volatile("ldtilecfg %0" : : "m"(configuration));
   configured_rows = rows;
 }
 

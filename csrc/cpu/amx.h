@@ -1,10 +1,11 @@
-// Matrix products of float32 by a matrix unit of bfloat16 (Intel AMX), which does some sixteen times as many multiply-adds as
-// the vector units do in float32. A number is the sum of two or three of bfloat16, with 8 bits each (parts.h): all of a
-// float32 in three. Of the products of parts those below the last bits that are kept are left out: three of four stay, with
-// an error of some 2^-17 of a product, or six of nine, with one of 2^-25. Sums are float32; the unit adds up 32 k before it adds
-// them to one, so that those of three parts err by less than a chain of multiply-adds. The method is Henry, Tang and
-// Heinecke's ("Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", 2019), and
-// known as bf16x2 and bf16x3.
+// Matrix products of float32 by a matrix unit of bfloat16 (Intel AMX), which does some sixteen times as many
+// multiply-adds as the vector units do in float32. A number is the sum of two or three of bfloat16, with 8 bits each
+// (parts.h): in three, all of a float32 that is not near the least ones (the unit takes denormal parts for zero). Of the
+// products of parts those below the last bits that are kept are left out: three of four stay, with an error of some 2^-17
+// of a product, or six of nine, with one of 2^-25. Sums are float32; the unit adds up 32 k before it adds them to one, so
+// that those of three parts err by less than a chain of multiply-adds. The method is Henry, Tang and Heinecke's
+// ("Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", 2019), and known as
+// bf16x2 and bf16x3.
 #pragma once
 
 #include <c10/util/BFloat16.h>

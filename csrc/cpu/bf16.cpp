@@ -29,9 +29,10 @@ void multiply_by_loops(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb
   }
 }
 
-// In the order of the matrix unit, 32 k at a time.
+// In the order of the matrix unit, 32 k at a time, and with whole tiles of rows.
 void multiply_parts_by_loops(const PartSizes& sizes, const PartMatrix& a, const PartMatrix& b, float* c, int64_t ldc) {
-  for (int64_t i = 0; i < sizes.m; ++i) {
+  const int64_t rows = (sizes.m + sizes.height - 1) / sizes.height * sizes.height;
+  for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < sizes.n; ++j) {
       float sum = 0;
       for (int64_t first = 0; first < sizes.k; first += kAmxDepth) {
@@ -138,6 +139,8 @@ int exact_parts() {
   }();
   return parts;
 }
+
+const Bf16Products& emulated_products() { return kEmulated; }
 
 const Bf16Products& bf16_products() {
   static const Bf16Products products = choose();

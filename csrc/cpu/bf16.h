@@ -11,7 +11,7 @@ namespace fastrnn {
 
 struct Bf16Products {
   const char* name;  // "native" or "emulated"
-  // c [m, n] = a b, rounded to bfloat16 before: a [m, k] and c with row strides lda and ldc; b [k / 2, ldb, 2], two k side by side; k is even.
+  // c [m, n] = a b of bfloat16: a [m, k] and c with row strides lda and ldc; b [k / 2, ldb, 2], two k side by side; k is even.
   void (*multiply)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, const c10::BFloat16* a,
                    const c10::BFloat16* b, float* c);
   // The same of float32 in parts; see multiply_parts_amx. Null where that is no faster than float32 itself.
@@ -19,12 +19,16 @@ struct Bf16Products {
   void (*release)();  // after a thread's last product for a while
 };
 
-// Functions are null where the machine has no such instructions (AVX512_BF16 or AMX, and AMX for parts).
-// FASTRNN_CPU_BF16 is auto, off, or emulate: plain loops, which show what such a machine would compute. Throws std::invalid_argument for any other value.
+// What this machine has: a null pointer where there are no instructions (AVX512_BF16 or AMX, and AMX for parts).
+// FASTRNN_CPU_BF16 is auto, off, or emulate: plain loops, which show what such a machine would compute. Throws
+// std::invalid_argument for any other value.
 const Bf16Products& bf16_products();
 
-// In how many parts of bfloat16 float32 is multiplied by default: 0, as it is, or 3 with FASTRNN_CPU_FLOAT32=bf16x3. Throws
-// std::invalid_argument for any value of the variable but that and fma.
+// Those loops.
+const Bf16Products& emulated_products();
+
+// In how many parts of bfloat16 float32 is multiplied where torch's switch says nothing: 0, as it is, or 3 with
+// FASTRNN_CPU_FLOAT32=bf16x3. Throws std::invalid_argument for any value of the variable but that and fma.
 int exact_parts();
 
 }  // namespace fastrnn

@@ -16,7 +16,7 @@ struct Scan {
   Rows rows;
   CpuPlan plan;
   int directions = 1;
-  const Bf16Products* bf16 = nullptr;  // for a plan with parts
+  const Bf16Products* bf16 = nullptr;  // what a plan with parts multiplies with
 };
 
 // A product c [m, n] = a b of matrices of float32.

@@ -2,22 +2,24 @@
 // Compiled once per ISA.
 #pragma once
 
+#include <tuple>
+
 #include "cpu/amx.h"
 #include "cpu/vec.h"
 
 namespace fastrnn {
 inline namespace CPU_CAPABILITY {
 
-// v rounded to 8 bits, to nearest. What it is off by is exact, and takes 8 bits less than v. Of NaN, something whose
-// difference to it is NaN.
+// v rounded to the 8 bits of a bfloat16, to nearest. What it is off by is exact, and takes 8 bits less than v. NaN in v, or a
+// number that is rounded to infinity, makes that NaN.
 FASTRNN_INLINE Vec<float> leading(Vec<float> v) {
-  constexpr int32_t kHalf = 0x8000, kKept = ~0xffff;
 #if defined(CPU_CAPABILITY_AVX512)
-  const __m512i bits = _mm512_add_epi32(_mm512_castps_si512(v), _mm512_set1_epi32(kHalf));
-  return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(kKept)));
+  const __m512i bits = _mm512_castps_si512(v);
+  const __mmask16 numbers = _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q);  // NaN would be rounded to zero
+  const __m512i rounded = _mm512_mask_add_epi32(bits, numbers, bits, _mm512_set1_epi32(0x8000));
+  return _mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32(~0xffff)));
 #else
-  using Bits = at::vec::Vectorized<int32_t>;
-  return at::vec::cast<float>((at::vec::cast<int32_t>(v) + Bits(kHalf)) & Bits(kKept));
+  return std::get<0>(at::vec::convert_to_float<at::BFloat16>(at::vec::convert_from_float<at::BFloat16>(v, v)));
 #endif
 }
 
@@ -75,16 +77,14 @@ FASTRNN_INLINE void store_pairs(at::BFloat16* to, int64_t apart, Vec<float> a, V
   store_parts<kParts>(to + Vec<float>::size(), apart, high, Vec<float>::size());
 }
 
-// f.template operator()<parts>()
-template <class F>
+// f.template operator()<parts>() for what is stored in W: of 16 bits, numbers are multiplied in one part.
+template <class W, class F>
 FASTRNN_INLINE void with_parts(int parts, const F& f) {
-  if (parts == 1) {
-    f.template operator()<1>();
-  } else if (parts == 2) {
-    f.template operator()<2>();
-  } else {
-    f.template operator()<kMostParts>();
+  if constexpr (std::is_same_v<W, float>) {
+    if (parts == 2) return f.template operator()<2>();
+    if (parts == kMostParts) return f.template operator()<kMostParts>();
   }
+  f.template operator()<1>();
 }
 
 }  // namespace CPU_CAPABILITY

@@ -42,8 +42,8 @@ class PartsGemm {
  private:
   static constexpr int kLanes = Vec<float>::size();
   static constexpr int64_t kRows = 2 * kAmxRows;  // of a panel of a
-  static constexpr int64_t kDepth = 512,
-                           kColumns = 512;  // of a block of b: in three parts three quarters of an L2 of 2 MiB
+  // of a block of b: in three parts three quarters of an L2 of 2 MiB
+  static constexpr int64_t kDepth = 512, kColumns = 512;
   static constexpr int64_t kStride = kParts * kDepth + 32;  // of a panel, no multiple of 256 bytes
 
   const Bf16Products& products_;

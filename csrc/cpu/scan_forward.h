@@ -198,16 +198,16 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   void pack_pairs(int64_t b, T* block) const {
     std::fill_n(block, depth(scan_) * kWidth, T(0));
     const int64_t apart = s_.operands.width() / 2 * kWidth;
-    const auto pack = [&]<class Element>(const Stored<T>& matrix, int64_t columns, T* out, Element) {
-      with_stored(matrix, [&](const auto* w) {
-        pack_transposed<kGates, kUnitVectors, Element>(w, shape_.units, columns, b, out);
-      });
-    };
     const auto pack_all = [&](const Stored<T>& matrix, int64_t columns, T* out) {
-      with_parts(scan_.plan.parts, [&]<int kParts>() {
-        pack(matrix, columns, out, Pair<kParts, 0>());
-        if constexpr (kParts > 1) pack(matrix, columns, out + apart, Pair<kParts, 1>());
-        if constexpr (kParts > 2) pack(matrix, columns, out + 2 * apart, Pair<kParts, 2>());
+      with_stored(matrix, [&]<class W>(const W* w) {
+        const auto pack = [&]<class Element>(T* to, Element) {
+          pack_transposed<kGates, kUnitVectors, Element>(w, shape_.units, columns, b, to);
+        };
+        with_parts<W>(scan_.plan.parts, [&]<int kParts>() {
+          pack(out, Pair<kParts, 0>());
+          if constexpr (kParts > 1) pack(out + apart, Pair<kParts, 1>());
+          if constexpr (kParts > 2) pack(out + 2 * apart, Pair<kParts, 2>());
+        });
       });
     };
     if (scan_.plan.fused_input) pack_all(p_.w_ih, shape_.inputs, block);
@@ -222,7 +222,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       const int64_t n = rows_.order[i];
       const Sequence sequence = rows_.sequence(n);
       if (sequence.length == 0 || !sequence.enters(p_.reverse ? sequence.length - 1 : 0, p_.reverse)) continue;
-      with_parts(scan_.plan.parts, [&]<int kParts>() {
+      with_parts<T>(scan_.plan.parts, [&]<int kParts>() {
         for (int64_t s = 0; s < 2; ++s) {
           copy_parts<kParts>(operand(s, i), s_.operands.width(), p_.h0 + n * shape_.outputs, shape_.outputs);
         }
@@ -242,8 +242,8 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     const int64_t t = p_.reverse ? rows_.steps - 1 - s : s;
     const Range range = share(rows_.batch, place_.member, place_.members);
     const int64_t end = std::min(range.end, rows_.active[t]);
-    with_stored(p_.input, [&](const auto* x) {
-      with_parts(scan_.plan.parts, [&]<int kParts>() {
+    with_stored(p_.input, [&]<class W>(const W* x) {
+      with_parts<W>(scan_.plan.parts, [&]<int kParts>() {
         for (int64_t i = range.begin; i < end; ++i) {
           copy_parts<kParts>(operand(s, i) - input_width(scan_), s_.operands.width(),
                              x + rows_.row(t, rows_.order[i]) * shape_.inputs, shape_.inputs);
@@ -543,7 +543,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     if (kHasPairs && scan_.plan.parts > 0) {
       if constexpr (kHasPairs) {
         if (row.operand != nullptr) {
-          with_parts(scan_.plan.parts, [&]<int kParts>() {
+          with_parts<T>(scan_.plan.parts, [&]<int kParts>() {
             store_parts<kParts>(row.operand + j, s_.operands.width(), row.cut ? V(0) : h, count);
           });
         }

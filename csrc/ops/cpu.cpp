@@ -27,11 +27,11 @@ std::atomic<bool> forked{false};
 
 int threads() { return at::in_parallel_region() || forked ? 1 : at::get_num_threads(); }
 
-// How float32 is multiplied: as the plan says, or in no parts.
-enum class Products { kPlanned, kWhole };
+// Whether float32 may be multiplied in parts where the plan is for it.
+enum class Parts { kAllowed, kNone };
 
 Scan make_scan(CellKind kind, const Layout& l, const Sizes& z, const RowTable& table, Storage storage, bool backward,
-               Products products) {
+               Parts parts) {
   Scan scan{kind, {z.inputs, z.units, z.outputs, l.projected}, table.rows(), {}, l.directions};
   CpuProblem problem{
       .steps = z.steps,
@@ -42,7 +42,7 @@ Scan make_scan(CellKind kind, const Layout& l, const Sizes& z, const RowTable& t
       .backward = backward,
   };
   describe(kind, storage, problem);
-  if (products == Products::kWhole) problem.parts = 0;
+  if (parts == Parts::kNone) problem.parts = 0;
   const CpuMachine machine = cpu_machine(threads());
   scan.bf16 = &bf16_products();
   scan.plan = plan_cpu(problem, machine);
@@ -81,9 +81,9 @@ constexpr auto scalar_type = c10::CppTypeToScalarType<T>::value;
 // t.to(type), without a call of an op where there is nothing to do: a small layer takes less time than a few of them.
 Tensor to_type(const Tensor& t, at::ScalarType type) { return t.scalar_type() == type ? t : t.to(type); }
 
-// Where a product in parts is faster than one in float32: everything is packed once, and used as often as there are columns.
+// Where a product in parts is faster than one in float32: a side is packed as it is read, and used for all of the other.
 bool worth_parts(int64_t m, int64_t n, int64_t k) {
-  constexpr int64_t kLeast = 64, kDepth = 32, kWork = 1 << 21;
+  constexpr int64_t kLeast = 96, kDepth = 32, kWork = 1 << 21;
   return m >= kLeast && n >= kLeast && k >= kDepth && m * n * k >= kWork;
 }
 
@@ -141,20 +141,21 @@ void clear_padding(const RowTable& table, const Tensor& data) {
   }
 }
 
-// Where a number is infinite its parts are not, but NaN: so is what is made of them, which float32 itself may know better.
+// Of an infinite number, or one that is rounded to infinity, a part is NaN, and so is what is made of it: float32 itself may
+// know better.
 bool has_nan(const Tensor& result) { return result.defined() && std::isnan(result.sum().item<double>()); }
 
-// Computes in T. Weights and output stay in the type of the layer: the scan converts them as it packs, multiplies or
+// Computes in T. Returns nothing if that has to be done again with Parts::kNone. Weights and output stay in the type of the layer: the scan converts them as it packs, multiplies or
 // writes them.
 template <class T>
 Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList stored_hx, const Tensors& weights,
-                const RowTable& table, bool need_steps, bool need_reserve, Products products = Products::kPlanned) {
+                const RowTable& table, bool need_steps, bool need_reserve, Parts parts) {
   const CellTraits& cell = traits(kind);
   const Sizes z(l);
   Tensors hx;
   for (const Tensor& state : stored_hx) hx.push_back(as<T>(state));
   const auto options = input.options().dtype(scalar_type<T>);
-  const Scan scan = make_scan(kind, l, z, table, storage_of(input), false, products);
+  const Scan scan = make_scan(kind, l, z, table, storage_of(input), false, parts);
   const bool projects = scan.plan.fused_input;
   const int64_t directions = l.directions, total = table.total();
   LayerResult result(kind, z, input.sizes(), input.options(), scalar_type<T>, need_steps);
@@ -214,9 +215,7 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList 
   const auto& kernels = cpu_kernels().get<T>(kind);
   kernels.forward(scan, params, temporary(kernels.forward_scratch(scan)).get());
   clear_padding(table, result.output);
-  if (scan.plan.parts > 1 && has_nan(result.output)) {
-    return forward<T>(kind, l, input, stored_hx, weights, table, need_steps, need_reserve, Products::kWhole);
-  }
+  if (scan.plan.parts > 1 && has_nan(result.output)) return {};
   clear_padding(table, result.cells);
   if (need_reserve) clear_padding(table, gates);
   return result.with_reserve(need_reserve ? gates : at::empty({0}, options));
@@ -251,14 +250,13 @@ Tensor copy_previous(const Rows& rows, const int64_t* offset, int64_t count, con
 template <class T>
 Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_outputs, const Tensor& input,
                  const Tensors& hx, const Tensors& weights, const RowTable& table, const Tensor& output,
-                 const Tensor& stored_reserve, bool batch_first, const Mask& mask, int64_t groups,
-                 Products products = Products::kPlanned) {
+                 const Tensor& stored_reserve, bool batch_first, const Mask& mask, int64_t groups, Parts parts) {
   const CellTraits& cell = traits(kind);
   const Sizes z(l);
   const auto options = input.options().dtype(scalar_type<T>);
   const Rows& rows = table.rows();
   const int64_t total = table.total(), directions = l.directions;
-  const Scan scan = make_scan(kind, l, z, table, storage_of(input), true, products);
+  const Scan scan = make_scan(kind, l, z, table, storage_of(input), true, parts);
   constexpr int64_t kFewRows = 4;
   const bool in_bf16 = input.scalar_type() == at::kBFloat16 && (cpu_machine(1).bf16 || total <= kFewRows);
   const auto product = in_bf16 ? at::kBFloat16 : scalar_type<T>;
@@ -387,10 +385,7 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
     for (int64_t n = 0; n < z.batch; ++n) empty_rows.mutable_data_ptr<bool>()[n] = rows.length[n] == 0;
   }
   Tensors result = layer_gradients(a, scanned, empty_rows);
-  if (scan.plan.parts > 1 && std::any_of(result.begin(), result.end(), has_nan)) {
-    return backward<T>(kind, l, grad_outputs, input, hx, weights, table, output, stored_reserve, batch_first, mask,
-                       groups, Products::kWhole);
-  }
+  if (scan.plan.parts > 1 && std::any_of(result.begin(), result.end(), has_nan)) return {};
   if (a.wants_input()) {
     if (dense) {
       result[0] = at::empty({total, z.inputs}, result[0].options()).index_copy_(0, *valid, result[0]);
@@ -423,7 +418,12 @@ Tensors layer(const Tensor& input, TensorList hx, TensorList weights, const Opti
   const RowTable table(l, input, lengths, reset, batch_sizes, batch_first);
   return with_type(input, [&](auto zero) {
     using T = decltype(zero);
-    Tensors result = forward<T>(kind, l, input, hx, contiguous(weights), table, need_steps, need_reserve);
+    const Tensors w = contiguous(weights);
+    const auto run = [&](Parts parts) {
+      return forward<T>(kind, l, input, hx, w, table, need_steps, need_reserve, parts);
+    };
+    Tensors result = run(Parts::kAllowed);
+    if (result.empty()) result = run(Parts::kNone);
     for (size_t i = 0; i + 1 < result.size(); ++i) result[i] = to_type(result[i], input.scalar_type());
     return result;
   });
@@ -441,8 +441,13 @@ Tensors layer_backward(const OptionalTensors& grad_outputs, const Tensor& input,
   const int64_t groups = symbolic_groups.expect_int();
   Tensors result = with_type(input, [&](auto zero) {
     using T = decltype(zero);
-    return backward<T>(kind, l, grad_outputs, input, contiguous(hx), contiguous(weights), table, output.contiguous(),
-                       reserve, batch_first, mask, groups);
+    const Tensors states = contiguous(hx), w = contiguous(weights);
+    const auto run = [&](Parts parts) {
+      return backward<T>(kind, l, grad_outputs, input, states, w, table, output.contiguous(), reserve, batch_first,
+                         mask, groups, parts);
+    };
+    Tensors gradients = run(Parts::kAllowed);
+    return gradients.empty() ? run(Parts::kNone) : gradients;
   });
   for (size_t i = 0; i < result.size(); ++i) {
     result[i] = result[i].defined() ? to_type(result[i], input.scalar_type()) : at::empty({0}, input.options());

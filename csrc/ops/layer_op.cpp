@@ -18,7 +18,7 @@ namespace {
 // memory: several products one after another would cost a small layer more in launches.
 constexpr int64_t kMostAtOnce = int64_t{1} << 22;  // elements
 // sum (+)= the sum over i of a[i] b[i], a [parts, A, K] and b [parts, K, B].
-void add_products(Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
+void add_products(const ScanGradients& scan, Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
   if (a.size(0) * sum.numel() <= kMostAtOnce) {
     const Tensor products = at::bmm(a, b);
     if (begun) {
@@ -28,7 +28,7 @@ void add_products(Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
     }
     return;
   }
-  for (int64_t i = 0; i < a.size(0); ++i) add_product(sum, begun || i > 0, a.select(0, i), b.select(0, i));
+  for (int64_t i = 0; i < a.size(0); ++i) scan.add_product(sum, begun || i > 0, a.select(0, i), b.select(0, i));
 }
 
 // sum (+)= grad w, with grad [rows, G H] and w [G H, I]; an undefined sum is zero. Short sums, where they are wanted at all
@@ -39,7 +39,7 @@ void add_by_gates(const ScanGradients& scan, Tensor& sum, const Tensor& grad, co
   const int64_t rows = grad.size(0), columns = w.size(0), inputs = w.size(1), units = columns / gates;
   if (!begun) sum = at::empty({rows, inputs}, grad.options());
   if (scan.short_sums && gates > 1 && columns >= kMany) {
-    add_products(sum, begun, grad.view({rows, gates, units}).transpose(0, 1), w.view({gates, units, inputs}));
+    add_products(scan, sum, begun, grad.view({rows, gates, units}).transpose(0, 1), w.view({gates, units, inputs}));
   } else {
     scan.add_product(sum, begun, grad, w);
   }
@@ -108,8 +108,11 @@ class Reduction {
     if (sums > 1) {
       const int64_t each = rows / sums, all = sums * each;
       const Tensor factors = grad.narrow(0, term.first, all).view({sums, each, width}).transpose(1, 2);
-      add_products(slice, begun, factors, term.x.narrow(0, 0, all).view({sums, each, term.x.size(1)}));
-      if (all < rows) slice.addmm_(grad.narrow(0, term.first + all, rows - all).t(), term.x.narrow(0, all, rows - all));
+      add_products(scan_, slice, begun, factors, term.x.narrow(0, 0, all).view({sums, each, term.x.size(1)}));
+      if (all < rows) {
+        const Tensor factor = grad.narrow(0, term.first + all, rows - all).t();
+        scan_.add_product(slice, true, factor, term.x.narrow(0, all, rows - all));
+      }
       return;
     }
     const Tensor factor = grad.narrow(0, term.first, rows).t();
@@ -213,7 +216,7 @@ Tensors layer_gradients(const BackwardArguments& a, const ScanGradients& scan, c
     Tensor grad_h0 = at::empty({z.directions, z.batch, z.outputs}, scan.grad_first.options());
     for (int d = 0; d < l.directions; ++d) {
       Tensor slice = grad_h0.select(0, d);
-      at::mm_out(slice, scan.grad_first.select(0, d), a.weights[l.w_hh(d)]);
+      scan.add_product(slice, false, scan.grad_first.select(0, d), a.weights[l.w_hh(d)]);
     }
     if (cell.carries_h) grad_h0.add_(scan.carry);
     if (empty_rows.defined() && a.grads[1].defined()) grad_h0 = at::where(empty_rows, a.grads[1], grad_h0);

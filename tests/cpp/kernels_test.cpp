@@ -1,6 +1,9 @@
-// The cells and the scans of one ISA (compiled once for each): cells as scalars against SIMD and against differences of
+// The cells and the scans of one ISA (compiled once for each), and products in parts of bfloat16: cells as scalars against SIMD and against differences of
 // their own forward; scans of cells with linear activations, where nothing saturates, against a plain loop and against
 // differences of their own forward.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -8,6 +11,8 @@
 #include "core/cells/gru.h"
 #include "core/cells/lstm.h"
 #include "core/cells/rnn.h"
+#include "cpu/bf16.h"
+#include "cpu/parts_gemm.h"
 #include "cpu/scan_backward.h"
 #include "cpu/scan_forward.h"
 
@@ -121,6 +126,65 @@ void test_activations() {
     CHECK_CLOSE(tanh(v), t, 4 * epsilon * std::abs(t));
   }
   for (T x = T(1e-30); x < 1; x *= 3) CHECK_CLOSE(tanh(x), std::tanh(static_cast<double>(x)), 4 * epsilon * x);
+}
+
+// v in parts: each is a number of bfloat16, the sum is v, and nothing hides that v is no number.
+void test_parts() {
+  using V = Vec<float>;
+  constexpr int kLanes = V::size();
+  const float infinity = std::numeric_limits<float>::infinity();
+  const auto parts_of = [](float x, float (&parts)[kMostParts]) {
+    at::BFloat16 stored[kMostParts * kLanes];
+    store_parts<kMostParts>(stored, kLanes, V(x), kLanes);
+    for (int p = 0; p < kMostParts; ++p) parts[p] = stored[p * kLanes];
+    return static_cast<double>(parts[0]) + parts[1] + parts[2];
+  };
+  float parts[kMostParts];
+  Random random(3);
+  for (int i = 0; i < 2000; ++i) {
+    const auto x = static_cast<float>(random() * std::ldexp(1.0, i % 200 - 80));
+    CHECK(parts_of(x, parts) == x);
+    CHECK(std::abs(parts[1]) <= std::abs(x) / 256 && std::abs(parts[2]) <= std::abs(x) / 65536);
+  }
+  CHECK(parts_of(0, parts) == 0 && parts_of(-1, parts) == -1);
+  float all_ones;
+  std::memset(&all_ones, 0xff, sizeof(all_ones));
+  for (const float x : {infinity, -infinity, std::numeric_limits<float>::quiet_NaN(), all_ones, 3.4e38f}) {
+    CHECK(std::isnan(parts_of(x, parts)));
+  }
+}
+
+// c = a b of all layouts, at sizes beyond a block and on neither side whole tiles; c and the factors have no byte to spare.
+void test_parts_gemm(int parts, const GemmSizes& sizes, bool add, int threads) {
+  Random random(4);
+  const auto filled = [&](int64_t n) {
+    std::vector<float> v(n);
+    for (float& x : v) x = static_cast<float>(random());
+    return v;
+  };
+  const std::vector<float> a = filled(sizes.m * sizes.k), b = filled(sizes.k * sizes.n);
+  const std::vector<float> before = filled(sizes.m * sizes.n);
+  for (const bool a_transposed : {false, true}) {
+    for (const bool b_transposed : {false, true}) {
+      const Factor of_a{a.data(), a_transposed ? 1 : sizes.k, a_transposed ? sizes.m : 1};
+      const Factor of_b{b.data(), b_transposed ? 1 : sizes.n, b_transposed ? sizes.k : 1};
+      std::vector<float> c = before;
+      multiply_in_parts(emulated_products(), parts, sizes, of_a, of_b, c.data(), sizes.n, add, threads);
+      double worst = 0;
+      for (int64_t i = 0; i < sizes.m; ++i) {
+        for (int64_t j = 0; j < sizes.n; ++j) {
+          double sum = add ? before[i * sizes.n + j] : 0;
+          for (int64_t k = 0; k < sizes.k; ++k) {
+            sum += static_cast<double>(a[i * of_a.row + k * of_a.column]) * b[k * of_b.row + j * of_b.column];
+          }
+          worst = std::max(worst, std::abs(sum - c[i * sizes.n + j]));
+        }
+      }
+      // errors of products of numbers below one, or of sums in float32, that add up as a walk does
+      const double of_product = parts == 2 ? 0x1p-15 : 0x1p-21;
+      CHECK_CLOSE(worst, 0, of_product * std::sqrt(static_cast<double>(sizes.k)));
+    }
+  }
 }
 
 // One layer, one direction, on random data.
@@ -364,6 +428,11 @@ void test_vectors() {
 void FASTRNN_TEST() {
   test_activations<float>();
   test_activations<double>();
+  test_parts();
+  test_parts_gemm(3, {33, 35, 37}, false, 1);
+  test_parts_gemm(2, {70, 545, 545}, true, 1);
+  test_parts_gemm(3, {129, 65, 33}, false, 2);
+  test_parts_gemm(2, {17, 97, 129}, true, 3);
   test_derivatives<RnnCell<Tanh>, RnnCell<Relu>, LstmCell<>, GruCell<>, LstmCell<Linear, Linear>,
                    GruCell<Linear, Linear>>();
   test_vectors<RnnCell<Tanh>, RnnCell<Relu>, LstmCell<>, GruCell<>>();

@@ -69,7 +69,7 @@ void test_plan() {
   };
   CHECK(dots(1, 1024, 4) && dots(3, 64, 4) && !dots(2, 1024, 4) && dots(6, 1024, 2) && !dots(7, 1024, 2));
   // float32 in parts of bfloat16, where a problem and the machine allow it: many rows and units, and in three parts no tiles
-  // of rows half empty; the input along with them where the weights fit in L2
+  // of rows half empty; the input along with them where the weights fit in half of L2
   const auto parts = [](int wanted, int64_t batch, int64_t units, int64_t steps, bool unit = true) {
     const CpuProblem problem{4, 0, steps, batch, {units, units, units, false}, 1, 4, false, false, 4, false, wanted};
     return plan_cpu(problem, {1, 1 << 21, false, unit});
@@ -78,7 +78,8 @@ void test_plan() {
   CHECK(parts(2, 11, 64, 4).parts == 0 && parts(2, 12, 63, 4).parts == 0 && parts(2, 12, 64, 3).parts == 0);
   CHECK(parts(2, 17, 64, 4).parts == 2 && parts(3, 17, 64, 4).parts == 0 && parts(3, 26, 64, 4).parts == 3);
   CHECK(parts(0, 128, 64, 100).parts == 0 && parts(2, 128, 64, 100, false).parts == 0);
-  CHECK(parts(2, 128, 128, 100).fused_input && !parts(3, 128, 256, 100).fused_input);
+  CHECK(parts(2, 128, 181, 100).fused_input && !parts(2, 128, 182, 100).fused_input);  // 1 MiB in 4 bytes, or 6
+  CHECK(parts(3, 128, 147, 100).fused_input && !parts(3, 128, 148, 100).fused_input);
   const CpuProblem rounded{4, 0, 4, 12, {64, 64, 64, false}, 1, 4, false, false, 2, true, 0};
   CHECK(plan_cpu(rounded, {1, 1 << 21, true, true}).parts == 1);
   const CpuProblem tiny{1, 0, 2, 1, {4, 4, 4, false}, 1, 4, false, false};
