@@ -42,14 +42,15 @@ RULE = """
 
 
 # with the backend "native", compare() runs on two threads
-@pytest.mark.parametrize("backend", ["one thread", "native"])
+@pytest.mark.parametrize("backend", ["one thread", pytest.param("native", marks=pytest.mark.slow)])
 def test_rule_in_three_parts(products, backend, native):
     code = RULE.replace("BACKEND", backend)
     done = python(code, FASTRNN_BACKEND="native", FASTRNN_CPU_BF16=products, FASTRNN_CPU_FLOAT32="bf16x3")
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("capability", ["default", pytest.param("avx2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_rule_on_narrower_vectors(capability, native):
     """Nothing has a matrix unit beside these, but the scans' side of it must be right with any width."""
     if capability == "avx2" and native.cpu_capability() == "default":
