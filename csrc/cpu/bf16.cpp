@@ -32,22 +32,22 @@ void multiply_by_loops(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb
 // In the order of the matrix unit, 32 k at a time, and with whole tiles of rows.
 void multiply_parts_by_loops(const PartSizes& sizes, const PartMatrix& a, const PartMatrix& b, float* c, int64_t ldc) {
   const int64_t rows = (sizes.m + sizes.height - 1) / sizes.height * sizes.height;
+  std::vector<float> tile(sizes.n);
   for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < sizes.n; ++j) {
-      float sum = 0;
-      for (int64_t first = 0; first < sizes.k; first += kAmxDepth) {
-        for (int of_a = 0; of_a < sizes.parts; ++of_a) {
-          for (int of_b = 0; of_a + of_b < sizes.parts; ++of_b) {
-            float tile = 0;
-            for (int64_t p = first; p < first + kAmxDepth; ++p) {
-              tile += static_cast<float>(a.data[of_a * a.part + i * a.stride + p]) *
-                      static_cast<float>(b.data[of_b * b.part + (p / 2 * b.stride + j) * 2 + p % 2]);
-            }
-            sum += tile;
+    float* const sums = c + i * ldc;
+    std::fill_n(sums, sizes.n, 0.0f);
+    for (int64_t first = 0; first < sizes.k; first += kAmxDepth) {
+      for (int of_a = 0; of_a < sizes.parts; ++of_a) {
+        for (int of_b = 0; of_a + of_b < sizes.parts; ++of_b) {
+          std::fill(tile.begin(), tile.end(), 0.0f);
+          for (int64_t p = first; p < first + kAmxDepth; ++p) {
+            const float x = a.data[of_a * a.part + i * a.stride + p];
+            const BFloat16* const w = b.data + of_b * b.part + p / 2 * b.stride * 2 + p % 2;
+            for (int64_t j = 0; j < sizes.n; ++j) tile[j] += x * static_cast<float>(w[2 * j]);
           }
+          for (int64_t j = 0; j < sizes.n; ++j) sums[j] += tile[j];
         }
       }
-      c[i * ldc + j] = sum;
     }
   }
 }

@@ -16,7 +16,7 @@ constexpr ScanKernels<T> scan_kernels() {
 
 template <class... Cells>
 constexpr CpuKernels cpu_kernels_of(const char* name, CellList<Cells...>) {
-  return {name, {scan_kernels<Cells, float>()...}, {scan_kernels<Cells, double>()...}, &multiply_in_parts};
+  return {name, {scan_kernels<Cells, float>()...}, {scan_kernels<Cells, double>()...}, &PartsGemm::run};
 }
 
 }  // namespace CPU_CAPABILITY

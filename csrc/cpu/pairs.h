@@ -16,30 +16,31 @@ constexpr int64_t operand_width(int64_t k, int parts) {
 }
 
 // Part of a row for the next step: what this step computed, or zeros where the next begins anew.
-template <int kParts, class W>
-void leave_operand(at::BFloat16* to, int64_t apart, const W* from, int64_t count, bool cut) {
+template <class W>
+void leave_operand(int parts, at::BFloat16* to, int64_t apart, const W* from, int64_t count, bool cut) {
   if (cut) {
-    for (int part = 0; part < kParts; ++part) std::fill_n(to + part * apart, count, at::BFloat16(0));
+    for (int part = 0; part < parts; ++part) std::fill_n(to + part * apart, count, at::BFloat16(0));
   } else {
-    copy_parts<kParts>(to, apart, from, count);
+    copy_parts(parts, to, apart, from, count);
   }
 }
 
-// Two k of a row in the 32 bits of a float, for pack_transposed: of one part the numbers rounded, else their part kPart.
-template <int kParts, int kPart>
+// Two k of a row in the 32 bits of a float, for pack_transposed: the numbers of one of their parts.
 struct Pair {
   static constexpr int kTogether = 2;
+  int parts, part;
+
   template <class W>
-  static FASTRNN_INLINE void copy(const W* from, int64_t count, float* to) {
+  FASTRNN_INLINE void copy(const W* from, int64_t count, float* to) const {
     auto* pairs = reinterpret_cast<at::BFloat16*>(to);
-    if constexpr (kParts == 1) {
-      copy_parts<1>(pairs, 0, from, count);
+    if (parts == 1) {
+      copy_parts(parts, pairs, 0, from, count);
     } else {
       constexpr int kLanes = Vec<float>::size();
       for (int64_t k = 0; k < count; k += kLanes) {
-        for_parts<kPart + 1>(load(from + k, count - k), [&](int part, Vec<float> high) {
-          if (part == kPart) store_leading(pairs + k, high, count - k);
-        });
+        Vec<float> v = load(from + k, count - k);
+        for (int before = 0; before < part; ++before) v = v - leading(v);
+        store_leading(pairs + k, leading(v), count - k);
       }
     }
     if (count % 2 != 0) pairs[count] = at::BFloat16(0);
@@ -48,17 +49,17 @@ struct Pair {
 
 // One block of columns as it lies, in pairs of k: out [operand_width(depth) / 2][kVectors][lanes][2] from w [depth, columns],
 // zeros beyond the last column and the depth; further parts behind it, each `apart` behind the one before.
-template <int kParts, int kVectors, class W>
-void pack_columns_in_pairs(const W* w, int64_t columns, int64_t depth, int64_t block, at::BFloat16* out,
+template <int kVectors, class W>
+void pack_columns_in_pairs(int parts, const W* w, int64_t columns, int64_t depth, int64_t block, at::BFloat16* out,
                            int64_t apart) {
   constexpr int kLanes = Vec<float>::size();
-  for (int64_t k = 0; k < operand_width(depth, kParts); k += 2) {
+  for (int64_t k = 0; k < operand_width(depth, parts); k += 2) {
     for (int v = 0; v < kVectors; ++v, out += 2 * kLanes) {
       const int64_t j = (block * kVectors + v) * kLanes, count = columns - j;
       const auto row = [&](int64_t at) {
         return count > 0 && at < depth ? load(w + at * columns + j, count) : Vec<float>(0);
       };
-      store_pairs<kParts>(out, apart, row(k), row(k + 1));
+      store_pairs(parts, out, apart, row(k), row(k + 1));
     }
   }
 }

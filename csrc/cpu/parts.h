@@ -23,17 +23,6 @@ FASTRNN_INLINE Vec<float> leading(Vec<float> v) {
 #endif
 }
 
-// f(part, the numbers of it) for kParts of v, one after the other.
-template <int kParts, class F>
-FASTRNN_INLINE void for_parts(Vec<float> v, const F& f) {
-#pragma GCC unroll 4
-  for (int part = 0; part < kParts; ++part) {
-    const Vec<float> high = leading(v);
-    f(part, high);
-    v = v - high;
-  }
-}
-
 // Numbers that leading() has given.
 FASTRNN_INLINE void store_leading(at::BFloat16* p, Vec<float> v, int64_t count) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -49,42 +38,33 @@ FASTRNN_INLINE void store_leading(at::BFloat16* p, Vec<float> v, int64_t count) 
 }
 
 // A number to `to` in one part, rounded to nearest, or in several, each `apart` behind the one before.
-template <int kParts>
-FASTRNN_INLINE void store_parts(at::BFloat16* to, int64_t apart, Vec<float> v, int64_t count) {
-  if constexpr (kParts == 1) {
-    store(to, v, count);
-  } else {
-    for_parts<kParts>(v, [&](int part, Vec<float> high) { store_leading(to + part * apart, high, count); });
+FASTRNN_INLINE void store_parts(int parts, at::BFloat16* to, int64_t apart, Vec<float> v, int64_t count) {
+  if (parts == 1) return store(to, v, count);
+  for (; parts > 0; --parts, to += apart) {
+    const Vec<float> high = leading(v);
+    store_leading(to, high, count);
+    v = v - high;
   }
 }
 
-template <int kParts, class W>
-void copy_parts(at::BFloat16* to, int64_t apart, const W* from, int64_t count) {
-  if constexpr (kParts == 1 && std::is_same_v<W, at::BFloat16>) {
+template <class W>
+void copy_parts(int parts, at::BFloat16* to, int64_t apart, const W* from, int64_t count) {
+  if constexpr (std::is_same_v<W, at::BFloat16>) {  // is one part
     std::copy_n(from, count, to);
   } else {
     constexpr int kLanes = Vec<float>::size();
-    for (int64_t k = 0; k < count; k += kLanes)
-      store_parts<kParts>(to + k, apart, load(from + k, count - k), count - k);
+    for (int64_t k = 0; k < count; k += kLanes) {
+      store_parts(parts, to + k, apart, load(from + k, count - k), count - k);
+    }
   }
 }
 
 // Pairs (a[i], b[i]) in the same way, to [lanes][2].
-template <int kParts>
-FASTRNN_INLINE void store_pairs(at::BFloat16* to, int64_t apart, Vec<float> a, Vec<float> b) {
+FASTRNN_INLINE void store_pairs(int parts, at::BFloat16* to, int64_t apart, Vec<float> a, Vec<float> b) {
+  constexpr int kLanes = Vec<float>::size();
   const auto [low, high] = at::vec::interleave2(a, b);
-  store_parts<kParts>(to, apart, low, Vec<float>::size());
-  store_parts<kParts>(to + Vec<float>::size(), apart, high, Vec<float>::size());
-}
-
-// f.template operator()<parts>() for what is stored in W: of 16 bits, numbers are multiplied in one part.
-template <class W, class F>
-FASTRNN_INLINE void with_parts(int parts, const F& f) {
-  if constexpr (std::is_same_v<W, float>) {
-    if (parts == 2) return f.template operator()<2>();
-    if (parts == kMostParts) return f.template operator()<kMostParts>();
-  }
-  f.template operator()<1>();
+  store_parts(parts, to, apart, low, kLanes);
+  store_parts(parts, to + kLanes, apart, high, kLanes);
 }
 
 }  // namespace CPU_CAPABILITY

@@ -14,18 +14,17 @@
 namespace fastrnn {
 inline namespace CPU_CAPABILITY {
 
-template <int kParts>
 class PartsGemm {
  public:
-  // Either stride of each factor is one.
-  static void run(const Bf16Products& products, const GemmSizes& sizes, const Factor& a, const Factor& b, float* c,
-                  int64_t ldc, bool add, int threads) {
+  // c [m, ldc] = or += a b in two or three parts. Of each factor one stride is one.
+  static void run(const Bf16Products& products, int parts, const GemmSizes& sizes, const Factor& a, const Factor& b,
+                  float* c, int64_t ldc, bool add, int threads) {
     const auto part = [&](bool rows, int64_t begin, int64_t end) {
       GemmSizes share = sizes;
       (rows ? share.m : share.n) = end - begin;
       const Factor of_a{a.data + (rows ? begin * a.row : 0), a.row, a.column};
       const Factor of_b{b.data + (rows ? 0 : begin * b.column), b.row, b.column};
-      PartsGemm(products, share, of_a, of_b, c + (rows ? begin * ldc : begin), ldc, add).multiply();
+      PartsGemm(products, parts, share, of_a, of_b, c + (rows ? begin * ldc : begin), ldc, add).multiply();
       products.release();
     };
     // The longer side is shared: what each thread packs of the other is then least.
@@ -44,9 +43,10 @@ class PartsGemm {
   static constexpr int64_t kRows = 2 * kAmxRows;  // of a panel of a
   // of a block of b: in three parts three quarters of an L2 of 2 MiB
   static constexpr int64_t kDepth = 512, kColumns = 512;
-  static constexpr int64_t kStride = kParts * kDepth + 32;  // of a panel, no multiple of 256 bytes
+  static constexpr int64_t kStride = kMostParts * kDepth + 32;  // of a row of a panel, no multiple of 256 bytes
 
   const Bf16Products& products_;
+  const int parts_;
   const GemmSizes& sizes_;
   const Factor &a_, &b_;
   float* const c_;
@@ -56,13 +56,13 @@ class PartsGemm {
   at::BFloat16 *panel_, *block_;  // [kRows][kStride]; [parts][depth / 2][columns][2]
   float* sums_;  // [kRows][kColumns]
 
-  PartsGemm(const Bf16Products& products, const GemmSizes& sizes, const Factor& a, const Factor& b, float* c,
+  PartsGemm(const Bf16Products& products, int parts, const GemmSizes& sizes, const Factor& a, const Factor& b, float* c,
             int64_t ldc, bool add)
-      : products_(products), sizes_(sizes), a_(a), b_(b), c_(c), ldc_(ldc), add_(add) {
+      : products_(products), parts_(parts), sizes_(sizes), a_(a), b_(b), c_(c), ldc_(ldc), add_(add) {
     const int64_t depth = std::min(kDepth, padded(sizes.k)), columns = std::min(kColumns, padded(sizes.n));
     const int64_t panel = kRows * kStride, sums = 2 * kRows * columns;
     constexpr int64_t kAlign = 32;  // elements, a cache line
-    memory_.reset(new at::BFloat16[panel + sums + kParts * depth * columns + kAlign]);
+    memory_.reset(new at::BFloat16[panel + sums + parts * depth * columns + kAlign]);
     const auto at = reinterpret_cast<uintptr_t>(memory_.get());
     panel_ = memory_.get() + (64 - at % 64) / sizeof(at::BFloat16);
     sums_ = reinterpret_cast<float*>(panel_ + panel);
@@ -80,7 +80,7 @@ class PartsGemm {
         for (int64_t i = 0; i < sizes_.m; i += kRows) {
           const int64_t rows = std::min(kRows, sizes_.m - i);
           pack_panel(i, rows, k, depth);
-          products_.multiply_parts({kParts, kAmxRows, rows, wide, deep}, {panel_, kStride, kDepth},
+          products_.multiply_parts({parts_, kAmxRows, rows, wide, deep}, {panel_, kStride, kDepth},
                                    {block_, wide, deep * wide}, sums_, wide);
           leave(i, rows, j, columns, wide, k > 0 || add_);
         }
@@ -125,7 +125,7 @@ class PartsGemm {
         const float* const from = a_.data + (i + r) * a_.row + k;
         for (int64_t p = 0; p < padded(depth); p += kLanes) {
           const Vec<float> v = p < depth ? load(from + p, depth - p) : Vec<float>(0);
-          store_parts<kParts>(to + p, kDepth, v, kLanes);
+          store_parts(parts_, to + p, kDepth, v, kLanes);
         }
       }
       return;
@@ -135,7 +135,7 @@ class PartsGemm {
       for (int64_t p = 0; p < padded(depth); p += kLanes) {
         square(a_, i + r, rows - r, k + p, std::max<int64_t>(0, depth - p), part);
         for (int64_t q = 0; q < std::min<int64_t>(kLanes, rows - r); ++q) {
-          store_parts<kParts>(panel_ + (r + q) * kStride + p, kDepth, Vec<float>::loadu(part + q * kLanes), kLanes);
+          store_parts(parts_, panel_ + (r + q) * kStride + p, kDepth, Vec<float>::loadu(part + q * kLanes), kLanes);
         }
       }
     }
@@ -148,19 +148,13 @@ class PartsGemm {
       for (int64_t v = 0; v < wide; v += kLanes) {
         square(b_, k + p, std::max<int64_t>(0, depth - p), j + v, std::max<int64_t>(0, columns - v), part);
         for (int64_t q = 0; q < kLanes; q += 2) {
-          store_pairs<kParts>(block_ + ((p + q) / 2 * wide + v) * 2, deep * wide, Vec<float>::loadu(part + q * kLanes),
-                              Vec<float>::loadu(part + (q + 1) * kLanes));
+          store_pairs(parts_, block_ + ((p + q) / 2 * wide + v) * 2, deep * wide, Vec<float>::loadu(part + q * kLanes),
+                      Vec<float>::loadu(part + (q + 1) * kLanes));
         }
       }
     }
   }
 };
-
-inline void multiply_in_parts(const Bf16Products& products, int parts, const GemmSizes& sizes, const Factor& a,
-                              const Factor& b, float* c, int64_t ldc, bool add, int threads) {
-  const auto run = parts == 2 ? PartsGemm<2>::run : PartsGemm<kMostParts>::run;
-  run(products, sizes, a, b, c, ldc, add, threads);
-}
 
 }  // namespace CPU_CAPABILITY
 }  // namespace fastrnn

@@ -133,14 +133,11 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
       const Range range = share(output_blocks(), place_.member, place_.members);
       for (int64_t b = range.begin; b < range.end; ++b) {
         T* block = s_.packed + b * depth(scan_) * kWidth;
-        with_stored(p_.w_hh, [&]<class W>(const W* w) {
+        with_stored(p_.w_hh, [&](const auto* w) {
           if constexpr (kHasPairs) {
             if (scan_.plan.parts > 0) {
-              with_parts<W>(scan_.plan.parts, [&]<int kParts>() {
-                pack_columns_in_pairs<kParts, kVectors>(w, shape_.outputs, kGates * shape_.units, b,
-                                                        reinterpret_cast<at::BFloat16*>(block),
-                                                        s_.operands.width() * kWidth);
-              });
+              pack_columns_in_pairs<kVectors>(scan_.plan.parts, w, shape_.outputs, kGates * shape_.units, b,
+                                              reinterpret_cast<at::BFloat16*>(block), s_.operands.width() * kWidth);
               return;
             }
           }
@@ -252,11 +249,9 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
       for (int g = 0; g < kGates && row->operand != nullptr; ++g) {
         // the separate gates have their recurrent parts behind those of all gates
         const int from = g < kGates - kSeparate ? g : g + kSeparate;
-        with_gates(*row, [&]<class W>(const W* gates) {
-          with_parts<W>(scan_.plan.parts, [&]<int kParts>() {
-            leave_operand<kParts>(row->operand + g * units + begin, s_.operands.width(), gates + from * units + begin,
-                                  width, row->cut);
-          });
+        with_gates(*row, [&](const auto* gates) {
+          leave_operand(scan_.plan.parts, row->operand + g * units + begin, s_.operands.width(),
+                        gates + from * units + begin, width, row->cut);
         });
       }
     }

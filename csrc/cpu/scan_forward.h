@@ -199,15 +199,11 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     std::fill_n(block, depth(scan_) * kWidth, T(0));
     const int64_t apart = s_.operands.width() / 2 * kWidth;
     const auto pack_all = [&](const Stored<T>& matrix, int64_t columns, T* out) {
-      with_stored(matrix, [&]<class W>(const W* w) {
-        const auto pack = [&]<class Element>(T* to, Element) {
-          pack_transposed<kGates, kUnitVectors, Element>(w, shape_.units, columns, b, to);
-        };
-        with_parts<W>(scan_.plan.parts, [&]<int kParts>() {
-          pack(out, Pair<kParts, 0>());
-          if constexpr (kParts > 1) pack(out + apart, Pair<kParts, 1>());
-          if constexpr (kParts > 2) pack(out + 2 * apart, Pair<kParts, 2>());
-        });
+      with_stored(matrix, [&](const auto* w) {
+        for (int part = 0; part < scan_.plan.parts; ++part) {
+          pack_transposed<kGates, kUnitVectors>(w, shape_.units, columns, b, out + part * apart,
+                                                Pair{scan_.plan.parts, part});
+        }
       });
     };
     if (scan_.plan.fused_input) pack_all(p_.w_ih, shape_.inputs, block);
@@ -222,11 +218,9 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       const int64_t n = rows_.order[i];
       const Sequence sequence = rows_.sequence(n);
       if (sequence.length == 0 || !sequence.enters(p_.reverse ? sequence.length - 1 : 0, p_.reverse)) continue;
-      with_parts<T>(scan_.plan.parts, [&]<int kParts>() {
-        for (int64_t s = 0; s < 2; ++s) {
-          copy_parts<kParts>(operand(s, i), s_.operands.width(), p_.h0 + n * shape_.outputs, shape_.outputs);
-        }
-      });
+      for (int64_t s = 0; s < 2; ++s) {
+        copy_parts(scan_.plan.parts, operand(s, i), s_.operands.width(), p_.h0 + n * shape_.outputs, shape_.outputs);
+      }
     }
   }
 
@@ -242,13 +236,11 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     const int64_t t = p_.reverse ? rows_.steps - 1 - s : s;
     const Range range = share(rows_.batch, place_.member, place_.members);
     const int64_t end = std::min(range.end, rows_.active[t]);
-    with_stored(p_.input, [&]<class W>(const W* x) {
-      with_parts<W>(scan_.plan.parts, [&]<int kParts>() {
-        for (int64_t i = range.begin; i < end; ++i) {
-          copy_parts<kParts>(operand(s, i) - input_width(scan_), s_.operands.width(),
-                             x + rows_.row(t, rows_.order[i]) * shape_.inputs, shape_.inputs);
-        }
-      });
+    with_stored(p_.input, [&](const auto* x) {
+      for (int64_t i = range.begin; i < end; ++i) {
+        copy_parts(scan_.plan.parts, operand(s, i) - input_width(scan_), s_.operands.width(),
+                   x + rows_.row(t, rows_.order[i]) * shape_.inputs, shape_.inputs);
+      }
     });
   }
 
@@ -543,9 +535,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     if (kHasPairs && scan_.plan.parts > 0) {
       if constexpr (kHasPairs) {
         if (row.operand != nullptr) {
-          with_parts<T>(scan_.plan.parts, [&]<int kParts>() {
-            store_parts<kParts>(row.operand + j, s_.operands.width(), row.cut ? V(0) : h, count);
-          });
+          store_parts(scan_.plan.parts, row.operand + j, s_.operands.width(), row.cut ? V(0) : h, count);
         }
       }
       if (kState == ElementState::kHidden) store(row.next + j, h, count);

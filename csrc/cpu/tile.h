@@ -303,7 +303,7 @@ struct AsStored {
 // The weights of one block of units, transposed: out [k][gates][kUnitVectors][lanes] from w [gates * units, depth]. Units
 // beyond the last become zero columns. `Element` says what an element of T stands for: kTogether k of a row.
 template <int kGates, int kUnitVectors, class Element, class T, class W>
-void pack_transposed(const W* w, int64_t units, int64_t columns, int64_t block, T* out) {
+void pack_transposed(const W* w, int64_t units, int64_t columns, int64_t block, T* out, const Element& element = {}) {
   constexpr int kLanes = Vec<T>::size();
   constexpr int kWidth = kGates * kUnitVectors * kLanes;
   constexpr int kTogether = Element::kTogether;
@@ -327,7 +327,7 @@ void pack_transposed(const W* w, int64_t units, int64_t columns, int64_t block, 
         stride = kStrip;
         const int64_t count = std::min(k1 * kTogether, columns) - k0 * kTogether;
         for (int64_t lane = 0; lane < rows; ++lane) {
-          Element::copy(stored + lane * columns, count, elements + lane * kStrip);
+          element.copy(stored + lane * columns, count, elements + lane * kStrip);
         }
       }
       T* to = out + v * kLanes;

@@ -135,7 +135,7 @@ void test_parts() {
   const float infinity = std::numeric_limits<float>::infinity();
   const auto parts_of = [](float x, float (&parts)[kMostParts]) {
     at::BFloat16 stored[kMostParts * kLanes];
-    store_parts<kMostParts>(stored, kLanes, V(x), kLanes);
+    store_parts(kMostParts, stored, kLanes, V(x), kLanes);
     for (int p = 0; p < kMostParts; ++p) parts[p] = stored[p * kLanes];
     return static_cast<double>(parts[0]) + parts[1] + parts[2];
   };
@@ -169,7 +169,7 @@ void test_parts_gemm(int parts, const GemmSizes& sizes, bool add, int threads) {
       const Factor of_a{a.data(), a_transposed ? 1 : sizes.k, a_transposed ? sizes.m : 1};
       const Factor of_b{b.data(), b_transposed ? 1 : sizes.n, b_transposed ? sizes.k : 1};
       std::vector<float> c = before;
-      multiply_in_parts(emulated_products(), parts, sizes, of_a, of_b, c.data(), sizes.n, add, threads);
+      PartsGemm::run(emulated_products(), parts, sizes, of_a, of_b, c.data(), sizes.n, add, threads);
       double worst = 0;
       for (int64_t i = 0; i < sizes.m; ++i) {
         for (int64_t j = 0; j < sizes.n; ++j) {
