@@ -1,5 +1,6 @@
 """What a stranger does first: build and install the package, with tools there or missing."""
 
+import fcntl
 import os
 import re
 import subprocess
@@ -115,7 +116,9 @@ def torch_python(tmp_path_factory):
 def sdist(bare_python, tmp_path_factory):
     """The sdist, built without torch."""
     folder = tmp_path_factory.mktemp("sdist")
-    run(bare_python, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder)
+    with (tmp_path_factory.getbasetemp().parent / "sdist.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two workers would build in the same tree, and take away each other's files
+        run(bare_python, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder)
     (archive,) = folder.glob("fastrnn-*.tar.gz")
     return archive
 
