@@ -187,6 +187,15 @@ def outputs_and_gradients(module, input, hx, **options):
     return named | {f"grad of {name}": grad for name, grad in zip(sources, gradients, strict=True)}
 
 
+def output_and_gradients_of_squares(module, input):
+    """The output, and the gradients of the sum of its squares by input and parameters, as a list."""
+    module.zero_grad()
+    input = input.clone().requires_grad_()
+    output, _ = module(input)
+    output.square().sum().backward()
+    return [output.detach(), input.grad, *[parameter.grad.clone() for parameter in module.parameters()]]
+
+
 def _exact(numbers):
     """Rounded to what every dtype can hold, so that an error is never that of the numbers that came in."""
     return numbers.to(torch.bfloat16).to(torch.float16)

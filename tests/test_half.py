@@ -91,19 +91,13 @@ def test_infinite_input_with_products_of_bfloat16(products):
 # What float32 modules do with products of bfloat16, only by torch's leave, with more rows than one product takes.
 PRECISION = """
     import torch, fastrnn
+    from cases import output_and_gradients_of_squares as results
     assert "products of bfloat16" not in fastrnn.explain(fastrnn.GRU(3, 5), torch.ones(7, 37, 3))
     with torch.autocast("cpu", torch.bfloat16):
         assert "products of bfloat16" in fastrnn.explain(fastrnn.GRU(3, 5), torch.ones(7, 37, 3))
     for name in ("RNN", "LSTM", "GRU"):
         torch.manual_seed(1)
         net, input = getattr(fastrnn, name)(17, 129, bidirectional=True), torch.randn(7, 37, 17)
-
-        def results(module, input):
-            module.zero_grad()
-            input = input.clone().requires_grad_()
-            output, state = module(input)
-            output.square().sum().backward()
-            return [output.detach(), input.grad, *[p.grad.clone() for p in module.parameters()]]
 
         exact = results(net, input)
         torch.backends.mkldnn.rnn.fp32_precision = "bf16"

@@ -64,14 +64,8 @@ def test_rule_on_narrower_vectors(capability, native):
 # The switches, and what two parts err by: less than TF32's 11 bits would.
 PRECISION = """
     import torch, fastrnn
+    from cases import output_and_gradients_of_squares as results
     rnn = torch.backends.mkldnn.rnn
-
-    def results(net, input):
-        net.zero_grad()
-        input = input.clone().requires_grad_()
-        output, state = net(input)
-        output.square().sum().backward()
-        return [output.detach(), input.grad, *[p.grad.clone() for p in net.parameters()]]
 
     for name in ("RNN", "LSTM", "GRU"):
         torch.manual_seed(1)
@@ -124,11 +118,11 @@ SPECIAL = """
     import torch, fastrnn
     rnn = torch.backends.mkldnn.rnn
 
-    def results(net, input, weight, times):
+    def results(net, input, weight):
         net.zero_grad()
         input = input.clone().requires_grad_()
         output, state = net(input)
-        (output * weight).sum().mul(times).backward()
+        (output * weight).sum().backward()
         return [output.detach(), input.grad, *[p.grad.clone() for p in net.parameters()]]
 
     all_ones = torch.tensor(-1, dtype=torch.int32).view(torch.float32)  # a NaN, too
@@ -138,7 +132,7 @@ SPECIAL = """
                              (all_ones, "input"), (all_ones, "grad"),
                              (torch.inf, "weight"), (torch.nan, "grad"), (torch.inf, "grad")):
             torch.manual_seed(2)
-            input, weight, times = torch.randn(5, 19, 17), torch.randn(5, 19, 65), 1.0
+            input, weight = torch.randn(5, 19, 17), torch.randn(5, 19, 65)
             with torch.no_grad():
                 for p in net.parameters():
                     p.uniform_(-0.1, 0.1)
@@ -149,10 +143,10 @@ SPECIAL = """
             if where == "grad":
                 weight[2, 4, 6] = value
             rnn.fp32_precision = "ieee"
-            expected = results(net, input, weight, times)
+            expected = results(net, input, weight)
             rnn.fp32_precision = "tf32"
             assert "bf16x2" in fastrnn.explain(net, input)
-            found = results(net, input, weight, times)
+            found = results(net, input, weight)
             for one, other in zip(found, expected, strict=True):
                 assert torch.equal(one.isnan(), other.isnan()), (type(net), value, where)
                 assert torch.equal(one.isinf(), other.isinf()), (type(net), value, where)

@@ -25,6 +25,9 @@ struct PartMatrix {
   int64_t part;  // from a part to the next
 };
 
+// k, or columns, with what fills the last tile.
+constexpr int64_t whole_tiles(int64_t k) { return (k + kAmxDepth - 1) / kAmxDepth * kAmxDepth; }
+
 // Of the tiles of equal height, as few as can be, that hold so many rows.
 constexpr int64_t tile_height(int64_t rows) {
   const int64_t tiles = (rows + kAmxRows - 1) / kAmxRows;

@@ -3,9 +3,7 @@
 #include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <exception>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -112,16 +110,13 @@ bool parts_work(int parts, int64_t rows, int64_t columns, int64_t depth) {
 }
 
 Bf16Products choose() {
-  const char* variable = std::getenv("FASTRNN_CPU_BF16");
-  const std::string wanted = variable == nullptr || *variable == '\0' ? "auto" : variable;
+  const std::string wanted = setting("FASTRNN_CPU_BF16", {"auto", "off", "emulate"});
   if (wanted == "emulate") return kEmulated;
-  if (wanted != "auto" && wanted != "off") {
-    throw std::invalid_argument("FASTRNN_CPU_BF16 should be 'auto', 'off' or 'emulate', got '" + wanted + "'");
-  }
   Bf16Products products{"native", nullptr, nullptr, release};
   if (wanted == "off" || !has_bf16_dot()) return products;
-  if (works(128, 64, 64) && works(32, 64, 64) && works(8, 48, 96) && works(1, 16, 6))
+  if (works(128, 64, 64) && works(32, 64, 64) && works(8, 48, 96) && works(1, 16, 6)) {
     products.multiply = multiply_native;
+  }
   if (has_amx() && parts_work(2, 49, 48, 64) && parts_work(3, 17, 64, 32)) products.multiply_parts = multiply_parts_amx;
   return products;
 }
@@ -129,14 +124,7 @@ Bf16Products choose() {
 }  // namespace
 
 int exact_parts() {
-  static const int parts = [] {
-    const char* variable = std::getenv("FASTRNN_CPU_FLOAT32");
-    const std::string wanted = variable == nullptr || *variable == '\0' ? "fma" : variable;
-    if (wanted != "fma" && wanted != "bf16x3") {
-      throw std::invalid_argument("FASTRNN_CPU_FLOAT32 should be 'fma' or 'bf16x3', got '" + wanted + "'");
-    }
-    return wanted == "fma" ? 0 : kMostParts;
-  }();
+  static const int parts = setting("FASTRNN_CPU_FLOAT32", {"fma", "bf16x3"}) == "fma" ? 0 : kMostParts;
   return parts;
 }
 

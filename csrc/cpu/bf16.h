@@ -11,7 +11,8 @@ namespace fastrnn {
 
 struct Bf16Products {
   const char* name;  // "native" or "emulated"
-  // c [m, n] = a b of bfloat16: a [m, k] and c with row strides lda and ldc; b [k / 2, ldb, 2], two k side by side; k is even.
+  // c [m, n] = a b of bfloat16: a [m, k] and c with row strides lda and ldc; b [k / 2, ldb, 2], two k side by side; k is
+  // even.
   void (*multiply)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, const c10::BFloat16* a,
                    const c10::BFloat16* b, float* c);
   // The same of float32 in parts; see multiply_parts_amx. Null where that is no faster than float32 itself.

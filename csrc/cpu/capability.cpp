@@ -8,24 +8,32 @@ namespace fastrnn {
 namespace {
 
 CpuCapability choose() {
-  const char* variable = std::getenv("FASTRNN_CPU_CAPABILITY");
-  const std::string wanted = variable == nullptr ? "" : variable;
-  if (!wanted.empty() && wanted != "avx512" && wanted != "avx2" && wanted != "default") {
-    throw std::invalid_argument("FASTRNN_CPU_CAPABILITY should be 'avx512', 'avx2' or 'default', got '" + wanted + "'");
-  }
+  [[maybe_unused]] const std::string wanted = setting("FASTRNN_CPU_CAPABILITY", {"avx512", "avx2", "default"});
 #ifdef FASTRNN_X86
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   // the variable lowers the choice; what the machine lacks can't be asked for
-  if (avx512 && (wanted.empty() || wanted == "avx512")) return CpuCapability::kAvx512;
+  if (avx512 && wanted == "avx512") return CpuCapability::kAvx512;
   if (avx2 && wanted != "default") return CpuCapability::kAvx2;
 #endif
   return CpuCapability::kDefault;
 }
 
 }  // namespace
+
+std::string setting(const char* variable, std::initializer_list<const char*> values) {
+  const char* given = std::getenv(variable);
+  const std::string value = given == nullptr || *given == '\0' ? *values.begin() : given;
+  std::string words;
+  for (const char* const* v = values.begin(); v != values.end(); ++v) {
+    if (value == *v) return value;
+    words += v == values.begin() ? "'" : v + 1 == values.end() ? " or '" : ", '";
+    words += std::string(*v) + "'";
+  }
+  throw std::invalid_argument(std::string(variable) + " should be " + words + ", got '" + value + "'");
+}
 
 CpuCapability cpu_capability() {
   static const CpuCapability capability = choose();

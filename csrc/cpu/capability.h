@@ -1,9 +1,16 @@
 // Which instruction set of those that the library was compiled for runs on this machine.
 #pragma once
 
+#include <initializer_list>
+#include <string>
+
 namespace fastrnn {
 
 enum class CpuCapability { kDefault, kAvx2, kAvx512 };
+
+// What a variable of the environment says, the first of the values where it is unset or empty. Throws std::invalid_argument
+// for any other.
+std::string setting(const char* variable, std::initializer_list<const char*> values);
 
 // The best one that this machine has and FASTRNN_CPU_CAPABILITY (avx512, avx2, default) allows. Throws
 // std::invalid_argument for any other value of the variable.

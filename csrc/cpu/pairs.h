@@ -9,10 +9,10 @@
 namespace fastrnn {
 inline namespace CPU_CAPABILITY {
 
-// k of an operand, with zeros behind: pairs; beyond 32, and in parts always, whole tiles of a matrix unit, which cuts others
-// into small ones.
+// k of an operand, with zeros behind: pairs; beyond 32, and in parts always, whole tiles of a matrix unit, which cuts
+// others into small ones.
 constexpr int64_t operand_width(int64_t k, int parts) {
-  return parts == 1 && k <= kAmxDepth ? (k + 1) / 2 * 2 : (k + kAmxDepth - 1) / kAmxDepth * kAmxDepth;
+  return parts == 1 && k <= kAmxDepth ? (k + 1) / 2 * 2 : whole_tiles(k);
 }
 
 // Part of a row for the next step: what this step computed, or zeros where the next begins anew.

@@ -10,8 +10,8 @@
 namespace fastrnn {
 inline namespace CPU_CAPABILITY {
 
-// v rounded to the 8 bits of a bfloat16, to nearest. What it is off by is exact, and takes 8 bits less than v. NaN in v, or a
-// number that is rounded to infinity, makes that NaN.
+// v rounded to the 8 bits of a bfloat16, to nearest. What it is off by is exact, and takes 8 bits less than v. NaN in v, or
+// a number that is rounded to infinity, makes that NaN.
 FASTRNN_INLINE Vec<float> leading(Vec<float> v) {
 #if defined(CPU_CAPABILITY_AVX512)
   const __m512i bits = _mm512_castps_si512(v);

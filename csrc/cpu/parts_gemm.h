@@ -59,7 +59,7 @@ class PartsGemm {
   PartsGemm(const Bf16Products& products, int parts, const GemmSizes& sizes, const Factor& a, const Factor& b, float* c,
             int64_t ldc, bool add)
       : products_(products), parts_(parts), sizes_(sizes), a_(a), b_(b), c_(c), ldc_(ldc), add_(add) {
-    const int64_t depth = std::min(kDepth, padded(sizes.k)), columns = std::min(kColumns, padded(sizes.n));
+    const int64_t depth = std::min(kDepth, whole_tiles(sizes.k)), columns = std::min(kColumns, whole_tiles(sizes.n));
     const int64_t panel = kRows * kStride, sums = 2 * kRows * columns;
     constexpr int64_t kAlign = 32;  // elements, a cache line
     memory_.reset(new at::BFloat16[panel + sums + parts * depth * columns + kAlign]);
@@ -69,13 +69,12 @@ class PartsGemm {
     block_ = panel_ + panel + sums;
   }
 
-  static constexpr int64_t padded(int64_t k) { return (k + kAmxDepth - 1) / kAmxDepth * kAmxDepth; }
-
   void multiply() const {
     for (int64_t k = 0; k < sizes_.k; k += kDepth) {
       const int64_t depth = std::min(kDepth, sizes_.k - k);
       for (int64_t j = 0; j < sizes_.n; j += kColumns) {
-        const int64_t columns = std::min(kColumns, sizes_.n - j), wide = padded(columns), deep = padded(depth);
+        const int64_t columns = std::min(kColumns, sizes_.n - j), wide = whole_tiles(columns),
+                      deep = whole_tiles(depth);
         pack_block(k, depth, j, columns);
         for (int64_t i = 0; i < sizes_.m; i += kRows) {
           const int64_t rows = std::min(kRows, sizes_.m - i);
@@ -99,8 +98,8 @@ class PartsGemm {
     }
   }
 
-  // to [lanes][lanes] = rows i.. and columns j.. of a factor, of which `rows` and `columns` exist; zeros beyond. Of one that
-  // lies transposed as well.
+  // to [lanes][lanes] = rows i.. and columns j.. of a factor, of which `rows` and `columns` exist; zeros beyond. Of one
+  // that lies transposed as well.
   static void square(const Factor& from, int64_t i, int64_t rows, int64_t j, int64_t columns, float* to) {
     const float* at = from.data + i * from.row + j * from.column;
     if (from.column == 1) {
@@ -123,7 +122,7 @@ class PartsGemm {
       for (int64_t r = 0; r < rows; ++r) {
         at::BFloat16* const to = panel_ + r * kStride;
         const float* const from = a_.data + (i + r) * a_.row + k;
-        for (int64_t p = 0; p < padded(depth); p += kLanes) {
+        for (int64_t p = 0; p < whole_tiles(depth); p += kLanes) {
           const Vec<float> v = p < depth ? load(from + p, depth - p) : Vec<float>(0);
           store_parts(parts_, to + p, kDepth, v, kLanes);
         }
@@ -132,7 +131,7 @@ class PartsGemm {
     }
     alignas(64) float part[kLanes * kLanes];
     for (int64_t r = 0; r < rows; r += kLanes) {
-      for (int64_t p = 0; p < padded(depth); p += kLanes) {
+      for (int64_t p = 0; p < whole_tiles(depth); p += kLanes) {
         square(a_, i + r, rows - r, k + p, std::max<int64_t>(0, depth - p), part);
         for (int64_t q = 0; q < std::min<int64_t>(kLanes, rows - r); ++q) {
           store_parts(parts_, panel_ + (r + q) * kStride + p, kDepth, Vec<float>::loadu(part + q * kLanes), kLanes);
@@ -142,7 +141,7 @@ class PartsGemm {
   }
 
   void pack_block(int64_t k, int64_t depth, int64_t j, int64_t columns) const {
-    const int64_t wide = padded(columns), deep = padded(depth);
+    const int64_t wide = whole_tiles(columns), deep = whole_tiles(depth);
     alignas(64) float part[kLanes * kLanes];
     for (int64_t p = 0; p < deep; p += kLanes) {
       for (int64_t v = 0; v < wide; v += kLanes) {

@@ -141,12 +141,12 @@ void clear_padding(const RowTable& table, const Tensor& data) {
   }
 }
 
-// Of an infinite number, or one that is rounded to infinity, a part is NaN, and so is what is made of it: float32 itself may
-// know better.
+// Of an infinite number, or one that is rounded to infinity, a part is NaN, and so is what is made of it: float32 itself
+// may know better.
 bool has_nan(const Tensor& result) { return result.defined() && std::isnan(result.sum().item<double>()); }
 
-// Computes in T. Returns nothing if that has to be done again with Parts::kNone. Weights and output stay in the type of the layer: the scan converts them as it packs, multiplies or
-// writes them.
+// Computes in T. Weights and output stay in the type of the layer: the scan converts them as it packs, multiplies or
+// writes them. Returns nothing if all has to be done again with Parts::kNone.
 template <class T>
 Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList stored_hx, const Tensors& weights,
                 const RowTable& table, bool need_steps, bool need_reserve, Parts parts) {

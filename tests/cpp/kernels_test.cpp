@@ -1,6 +1,6 @@
-// The cells and the scans of one ISA (compiled once for each), and products in parts of bfloat16: cells as scalars against SIMD and against differences of
+// The cells and the scans of one ISA (compiled once for each): cells as scalars against SIMD and against differences of
 // their own forward; scans of cells with linear activations, where nothing saturates, against a plain loop and against
-// differences of their own forward.
+// differences of their own forward; products in parts of bfloat16 against plain loops.
 #include <algorithm>
 #include <cmath>
 #include <cstring>

@@ -68,8 +68,8 @@ void test_plan() {
     return plan_cpu(problem, {1, 1 << 20}).fused_input;
   };
   CHECK(dots(1, 1024, 4) && dots(3, 64, 4) && !dots(2, 1024, 4) && dots(6, 1024, 2) && !dots(7, 1024, 2));
-  // float32 in parts of bfloat16, where a problem and the machine allow it: many rows and units, and in three parts no tiles
-  // of rows half empty; the input along with them where the weights fit in half of L2
+  // float32 in parts of bfloat16, where a problem and the machine allow it: many rows and units, and in three parts no
+  // tiles of rows half empty; the input along with them where the weights fit in half of L2
   const auto parts = [](int wanted, int64_t batch, int64_t units, int64_t steps, bool unit = true) {
     const CpuProblem problem{4, 0, steps, batch, {units, units, units, false}, 1, 4, false, false, 4, false, wanted};
     return plan_cpu(problem, {1, 1 << 21, false, unit});
