@@ -52,6 +52,26 @@ CHUNKS = [
 ]
 
 
+# Rows enough for the gate gradients to be multiplied some steps at a time, in two to twelve windows.
+WINDOWS = [case for case in small(steps=129, batch=129, inputs=17, hidden=65) if not case.proj] + [
+    Case("rnn_tanh", "sorted", steps=257, batch=129, inputs=67, hidden=65, hx=False),
+    Case("lstm", "unsorted", bidirectional=True, steps=129, batch=129, hidden=65, bias=False),
+    Case("lstm", num_layers=2, bidirectional=True, steps=65, batch=129, hidden=67),
+    Case("gru", "unsorted", bidirectional=True, steps=129, batch=131, hidden=65),
+    Case("gru", "batch_first", steps=4097, batch=1, hidden=129),
+    Case("gru", steps=65, batch=129, inputs=65, hidden=33, dtype=torch.float64),
+]
+
+
+@pytest.mark.parametrize("threads", ["one thread", "native"])  # compare() has two on the latter
+@parametrize(WINDOWS)
+def test_windows_of_steps(case, threads, native):
+    compare(case, threads)
+    sizes = (case.steps, case.batch, case.inputs, case.hidden, 0, case.directions)
+    plan = native.plan(case.kind, *sizes, str(case.dtype).removeprefix("torch."), True, 1, False)
+    assert 0 < plan["backward_window"] <= case.steps // 2
+
+
 @parametrize(CHUNKS)
 def test_chunks_of_weights(case, native):
     compare(case, native)

@@ -92,6 +92,19 @@ void share_work(const CpuProblem& p, const CpuMachine& machine, CpuPlan& plan) {
   }
 }
 
+// Gate gradients come back from cache if they are multiplied when half of L2 holds those of so many steps; or of more, as
+// a GEMM needs many rows to make up for going through the weights' gradients once more. A projected layer would have more
+// than them to keep, and the scans of two directions side by side don't wait for each other.
+int64_t choose_window(const CpuProblem& p, const CpuMachine& machine, const CpuPlan& plan) {
+  constexpr int64_t kRows = 1024;
+  if (!p.backward || !p.in_windows || p.shape.projected || p.batch == 0) return 0;
+  if (p.directions > 1 && plan.threads > 1) return 0;
+  const int64_t row = (p.gates + p.separate) * p.shape.units * p.element_size;
+  const int64_t rows = std::max({kRows, p.shape.inputs + p.shape.outputs, machine.l2_bytes / 2 / row});
+  const int64_t windows = p.steps / std::max<int64_t>(1, rows / p.batch);
+  return windows > 1 ? (p.steps + windows - 1) / windows : 0;
+}
+
 }  // namespace
 
 CpuPlan plan_cpu(const CpuProblem& p, const CpuMachine& machine) {
@@ -126,6 +139,7 @@ CpuPlan plan_cpu(const CpuProblem& p, const CpuMachine& machine) {
                                                          : std::max(kFusedRowsFullL2, beyond_l2);
     plan.fused_input = rows >= enough || (p.shape.inputs <= kNarrowInput && p.batch > 1);
   }
+  plan.window = choose_window(p, machine, plan);
   return plan;
 }
 

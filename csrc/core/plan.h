@@ -27,6 +27,7 @@ struct CpuProblem {
   int weight_size = 4;     // bytes, of a weight as it is stored
   bool bf16 = false;       // what is multiplied may be rounded to bfloat16
   int parts = 0;           // or is to be in so many parts of it, 2 or 3
+  bool in_windows = false;  // gate gradients may be multiplied some steps at a time
 };
 
 struct CpuPlan {
@@ -34,6 +35,7 @@ struct CpuPlan {
   bool fused_input = false;  // the scan multiplies the input too: no buffer of projections
   int threads = 1;           // of the region, all directions together
   bool shard_units = false;  // members share the units, with a barrier a step; else they share the batch
+  int64_t window = 0;        // steps of a backward scan, after which the GEMMs take their gate gradients; 0: all
   int parts = 0;             // products of bfloat16 in place of the tiles, in so many parts; 1: rounded
 };
 

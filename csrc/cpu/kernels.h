@@ -1,6 +1,7 @@
 // The scans, compiled once per ISA, behind one table; the choice of the table at run time.
 #pragma once
 
+#include <limits>
 #include <string>
 
 #include "core/cells/all.h"
@@ -16,6 +17,9 @@ struct Scan {
   Rows rows;
   CpuPlan plan;
   int directions = 1;
+  // Backward, the steps that this run visits, in the order of visits: all, or the next ones after a run before that had
+  // the same scratch memory.
+  int64_t first_visit = 0, end_visit = std::numeric_limits<int64_t>::max();
   const Bf16Products* bf16 = nullptr;  // what a plan with parts multiplies with
 };
 
@@ -31,10 +35,10 @@ struct Factor {
 
 template <class T>
 struct ScanKernels {
-  int64_t (*forward_scratch)(const Scan&);                            // bytes
-  void (*forward)(const Scan&, const ForwardParams<T>*, void*);       // [directions], scratch
-  int64_t (*backward_scratch)(const Scan&);                           // bytes
-  void (*backward)(const Scan&, const BackwardParams<T>*, void*);     // [directions], scratch
+  int64_t (*forward_scratch)(const Scan&);  // bytes
+  void (*forward)(const Scan&, const ForwardParams<T>*, void*);  // [directions], scratch
+  int64_t (*backward_scratch)(const Scan&);  // bytes
+  void (*backward)(const Scan&, const BackwardParams<T>*, void*);  // [directions], scratch
 };
 
 struct CpuKernels {

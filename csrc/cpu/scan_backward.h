@@ -101,6 +101,9 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     return p_.grad_offset == nullptr ? rows_.row(t, rows_.order[i]) : p_.grad_offset[t] + i;
   }
 
+  // The step of visit s, and the visit of step s.
+  int64_t visit(int64_t s) const { return p_.reverse ? s : rows_.steps - 1 - s; }
+
   int64_t unit_blocks() const { return blocks(shape_.units, kWidth); }
   int64_t output_blocks() const { return blocks(shape_.outputs, kWidth); }
   int vectors_of(int64_t block) const {  // of outputs
@@ -108,11 +111,13 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
   }
 
   void visit_steps() const {
-    prepare();
-    place_.wait();
+    if (scan_.first_visit == 0) {
+      prepare();
+      place_.wait();
+    }
     Row* rows = s_.rows + place_.member * rows_.batch;
-    for (int64_t s = 0; s < rows_.steps; ++s) {
-      const int64_t t = p_.reverse ? s : rows_.steps - 1 - s;
+    for (int64_t s = scan_.first_visit; s < std::min(scan_.end_visit, rows_.steps); ++s) {
+      const int64_t t = visit(s);
       const int64_t count = find_rows(t, s, rows);
       if (!Cell::kProjects || !shape_.projected) {
         if (count > 0) phase<false>(s, rows, count);
@@ -383,7 +388,8 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     if (kState != ElementState::kNone) store(row.carry + j, carry, count);
   }
 
-  // What flows into the initial states: the gate gradients and the carry of each row's first step, if they enter there.
+  // What flows into the initial states: the gate gradients and the carry of each row's first step, if they enter there. Of
+  // rows with no step after the last visit.
   void finish_rows() const {
     if (p_.grad_first == nullptr) return;
     place_.wait();
@@ -393,6 +399,8 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
       const int64_t n = rows_.order[i];
       const Sequence sequence = rows_.sequence(n);
       const int64_t length = sequence.length, t = p_.reverse ? length - 1 : 0;
+      const int64_t s = length > 0 ? visit(t) : rows_.steps - 1;
+      if (s < scan_.first_visit || s >= scan_.end_visit) continue;
       T* first = p_.grad_first + n * kGates * units;
       T* carry = p_.carry + n * units;
       if (length > 0 && sequence.enters(t, p_.reverse)) {

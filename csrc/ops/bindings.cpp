@@ -70,9 +70,11 @@ py::dict plan(const std::string& cell, int64_t steps, int64_t batch, int64_t inp
   if (training) {
     CpuProblem backward = problem;
     backward.backward = true;
+    backward.in_windows = dtype == "float32" || dtype == "float64";
     const CpuPlan p = plan_cpu(backward, machine);
     result["backward_threads"] = p.threads;
     result["backward_parts"] = p.parts;
+    result["backward_window"] = p.window;
     result["backward_shard"] = p.threads <= directions ? "none" : p.shard_units ? "units" : "batch";
   }
   return result;

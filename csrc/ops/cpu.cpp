@@ -30,8 +30,8 @@ int threads() { return at::in_parallel_region() || forked ? 1 : at::get_num_thre
 // Whether float32 may be multiplied in parts where the plan is for it.
 enum class Parts { kAllowed, kNone };
 
-Scan make_scan(CellKind kind, const Layout& l, const Sizes& z, const RowTable& table, Storage storage, bool backward,
-               Parts parts) {
+Scan make_scan(CellKind kind, const Layout& l, const Sizes& z, const RowTable& table, Storage storage, Parts parts,
+               bool backward, bool in_windows) {
   Scan scan{kind, {z.inputs, z.units, z.outputs, l.projected}, table.rows(), {}, l.directions};
   CpuProblem problem{
       .steps = z.steps,
@@ -40,6 +40,7 @@ Scan make_scan(CellKind kind, const Layout& l, const Sizes& z, const RowTable& t
       .directions = l.directions,
       .ragged = table.ragged(),
       .backward = backward,
+      .in_windows = in_windows,
   };
   describe(kind, storage, problem);
   if (parts == Parts::kNone) problem.parts = 0;
@@ -155,7 +156,7 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList 
   Tensors hx;
   for (const Tensor& state : stored_hx) hx.push_back(as<T>(state));
   const auto options = input.options().dtype(scalar_type<T>);
-  const Scan scan = make_scan(kind, l, z, table, storage_of(input), false, parts);
+  const Scan scan = make_scan(kind, l, z, table, storage_of(input), parts, false, false);
   const bool projects = scan.plan.fused_input;
   const int64_t directions = l.directions, total = table.total();
   LayerResult result(kind, z, input.sizes(), input.options(), scalar_type<T>, need_steps);
@@ -247,6 +248,46 @@ Tensor copy_previous(const Rows& rows, const int64_t* offset, int64_t count, con
   return previous;
 }
 
+// The steps of a backward scan in windows: what a window leaves is multiplied while it is in cache, and its memory is the
+// next one's. Their buffer begins with the rows of the step visited before, whose gradients flow into the window.
+class Windows {
+ public:
+  // visited: [T+1] the rows before each step, and all. window: steps.
+  Windows(const Rows& rows, const std::vector<int64_t>& visited, int64_t window)
+      : rows_(rows), visited_(visited), window_(window), offset_(rows.steps) {}
+
+  int64_t rows() const {  // of the buffer
+    int64_t most = 0;
+    for (int64_t t = 0; t < rows_.steps; ++t) {
+      most = std::max(most, visited_[std::min(t + window_, rows_.steps)] - visited_[t]);
+    }
+    return rows_.batch + most;
+  }
+  const int64_t* offset() const { return offset_.data(); }  // [T] where a step's rows begin, as far as it is there
+
+  // f(the scan of a window, its first row of all, its rows of the buffer) in the order of visits.
+  template <class F>
+  void each(Scan scan, bool reverse, const Tensor& buffer, const F& f) {
+    for (int64_t visit = 0; visit < rows_.steps; visit += window_) {
+      scan.first_visit = visit;
+      scan.end_visit = std::min(visit + window_, rows_.steps);
+      const int64_t begin = reverse ? visit : rows_.steps - scan.end_visit;
+      const int64_t end = reverse ? scan.end_visit : rows_.steps - visit;
+      for (int64_t t = begin; t < end; ++t) offset_[t] = rows_.batch + visited_[t] - visited_[begin];
+      f(scan, visited_[begin], buffer.narrow(0, rows_.batch, visited_[end] - visited_[begin]));
+      const int64_t last = reverse ? end - 1 : begin, count = rows_.active[last];
+      buffer.narrow(0, 0, count).copy_(buffer.narrow(0, offset_[last], count));
+      offset_[last] = 0;
+    }
+  }
+
+ private:
+  const Rows& rows_;
+  const std::vector<int64_t>& visited_;
+  const int64_t window_;
+  std::vector<int64_t> offset_;
+};
+
 template <class T>
 Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_outputs, const Tensor& input,
                  const Tensors& hx, const Tensors& weights, const RowTable& table, const Tensor& output,
@@ -256,17 +297,20 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   const auto options = input.options().dtype(scalar_type<T>);
   const Rows& rows = table.rows();
   const int64_t total = table.total(), directions = l.directions;
-  const Scan scan = make_scan(kind, l, z, table, storage_of(input), true, parts);
   constexpr int64_t kFewRows = 4;
   const bool in_bf16 = input.scalar_type() == at::kBFloat16 && (cpu_machine(1).bf16 || total <= kFewRows);
   const auto product = in_bf16 ? at::kBFloat16 : scalar_type<T>;
+  // a window's rows must follow one another, and what they add to a sum must not be rounded to bfloat16
+  const bool in_order = rows.batch_stride == 1 || z.batch == 1 || table.padded();
+  const bool in_windows = in_order && groups == 0 && !in_bf16;
+  const Scan scan = make_scan(kind, l, z, table, storage_of(input), parts, true, in_windows);
   const bool rounded = in_bf16 && scan.plan.parts == 1;  // all that is made of the gate gradients are such products
 
   // Rows beyond a length are left out of every product, so that nothing of them, NaN included, enters one: gradients lie
   // row after row as the scan visits them. Groups need all rows where they were, and zeros in those.
   const std::optional<Tensor> valid = table.valid_rows();
   const bool dense = valid && groups == 0;
-  const auto visited = dense ? table.visited_before() : std::vector<int64_t>();
+  const std::vector<int64_t> visited = table.visited_before();
   const int64_t* offset = dense ? visited.data() : nullptr;  // [T] the row of a step's first gradient
   const int64_t count = dense ? valid->numel() : total;
   const auto select = [&](const Tensor& data) {  // [total, columns]
@@ -296,39 +340,35 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   const int64_t gate_columns = (cell.gates + cell.separate) * z.units;
   const int64_t together = (cell.gates - cell.separate) * z.units;
   const int64_t reserve_columns = reserve.size(-1);
+  const auto allocate = [&](int64_t height, int64_t columns, at::ScalarType type) {
+    const auto of = options.dtype(type);
+    return with_huge_pages(valid && !dense ? at::zeros({height, columns}, of) : at::empty({height, columns}, of));
+  };
+  const auto gate_type = rounded ? product : scalar_type<T>;
+  std::optional<Windows> windows;
+  if (scan.plan.window > 0) windows.emplace(rows, visited, scan.plan.window);
+  Tensor all_gates[2];  // [rows, (G+S)*H]
+  if (windows) all_gates[0] = all_gates[1] = allocate(windows->rows(), gate_columns, gate_type);
+
   BackwardParams<T> params[2];
-  ScanGradients scanned;
-  if (scan.plan.parts > 1) {
-    scanned.add_product = [parts = scan.plan.parts](Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
-      add_product_in_parts(parts, sum, begun, a, b);
-    };
-  }
-  Tensor all_gates[2];  // [count, (G+S)*H]
-  scanned.carry = at::zeros({directions, z.batch, z.units}, options);
-  if (a.wants_states()) scanned.grad_first = at::empty({directions, z.batch, cell.gates * z.units}, options);
+  std::vector<RowFactor> states[2];
+  Tensor grad_projected[2];
+  const Tensor carry = at::zeros({directions, z.batch, z.units}, options);
+  const Tensor grad_first = a.wants_states() ? at::empty({directions, z.batch, cell.gates * z.units}, options)
+                                             : Tensor();
   for (int d = 0; d < l.directions; ++d) {
-    DirectionGradients g;
-    const auto allocate = [&](int64_t columns, at::ScalarType type) {
-      const auto of = options.dtype(type);
-      return valid && !dense ? at::zeros({count, columns}, of) : at::empty({count, columns}, of);
-    };
-    Tensor grad_gates = with_huge_pages(allocate(gate_columns, rounded ? product : scalar_type<T>));
-    if (l.projected) {
-      g.grad_projected = allocate(z.outputs, scalar_type<T>);
-      const Tensor saved = reserve.select(0, d).view({total, reserve_columns});
-      g.activation = select(saved.narrow(1, cell.saved * z.units, z.units));
-    }
+    if (!windows) all_gates[d] = allocate(count, gate_columns, gate_type);
+    if (l.projected) grad_projected[d] = allocate(count, z.outputs, scalar_type<T>);
     const Tensor initial = hx.empty() ? Tensor() : hx[0].select(0, d);
     if (a.wants_weight(l.w_hh(d))) {
       if (table.ragged() || rows.reset != nullptr || rows.batch_stride != 1 || groups > 0) {
-        g.previous = copy_previous(rows, offset, count, output, d, initial, z.outputs);
+        states[d].push_back({0, copy_previous(rows, offset, count, output, d, initial, z.outputs)});
       } else {
         const int64_t later = total - z.batch;  // rows but those of a direction's first step
         const Tensor own = output.view({total, directions * z.outputs}).narrow(1, d * z.outputs, z.outputs);
-        g.previous = own.narrow(0, d == 0 ? 0 : z.batch, later);
-        g.previous_first = d == 0 ? z.batch : 0;
-        g.initial = initial;
-        g.initial_first = d == 0 ? 0 : later;
+        // the output itself, a step further on: nothing is copied
+        states[d].push_back({d == 0 ? z.batch : 0, own.narrow(0, d == 0 ? 0 : z.batch, later)});
+        if (initial.defined()) states[d].push_back({d == 0 ? 0 : later, initial});
       }
     }
     BackwardParams<T>& p = params[d];
@@ -349,42 +389,64 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
       p.grad_cells = direction(data<T>(grads[3]), d, z.units);
       p.grad_cells_stride = directions * z.units;
     }
-    p.grad_offset = offset;
+    for (RowFactor& factor : states[d]) factor.x = factor.x.to(product);
+    p.grad_offset = windows ? windows->offset() : offset;
     if (rounded) {
-      p.rounded_gates = grad_gates.mutable_data_ptr<at::BFloat16>();
+      p.rounded_gates = all_gates[d].mutable_data_ptr<at::BFloat16>();
     } else {
-      p.grad_gates = grad_gates.mutable_data_ptr<T>();
+      p.grad_gates = all_gates[d].mutable_data_ptr<T>();
     }
-    if (l.projected) p.grad_projected = g.grad_projected.mutable_data_ptr<T>();
-    p.carry = scanned.carry.mutable_data_ptr<T>() + d * z.batch * z.units;
-    if (scanned.grad_first.defined()) {
-      p.grad_first = scanned.grad_first.mutable_data_ptr<T>() + d * z.batch * cell.gates * z.units;
-    }
-    all_gates[d] = grad_gates;
-    scanned.each.push_back(std::move(g));
+    if (l.projected) p.grad_projected = grad_projected[d].mutable_data_ptr<T>();
+    p.carry = carry.mutable_data_ptr<T>() + d * z.batch * z.units;
+    if (grad_first.defined()) p.grad_first = grad_first.mutable_data_ptr<T>() + d * z.batch * cell.gates * z.units;
   }
-  const auto& kernels = cpu_kernels().get<T>(kind);
-  kernels.backward(scan, params, temporary(kernels.backward_scratch(scan)).get());
 
-  for (int d = 0; d < l.directions; ++d) {
-    DirectionGradients& g = scanned.each[d];
-    const Tensor gates = all_gates[d].to(product);
-    g.input_gates = gates.narrow(1, 0, cell.gates * z.units);
+  Products products;
+  if (scan.plan.parts > 1) {
+    products.add = [parts = scan.plan.parts](Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
+      add_product_in_parts(parts, sum, begun, a, b);
+    };
+  } else {
+    products.longer_side_in_row = product == scalar_type<T>;
+  }
+  LayerGradients gradients(a, products);
+  // data [rows, (G+S)*H], the gradients of the rows from `first` on
+  const auto add = [&](int d, int64_t first, const Tensor& data) {
+    const Tensor gates = data.to(product);
+    GateGradients of{first, gates.narrow(1, 0, cell.gates * z.units), {gates.narrow(1, 0, together)}};
     // the separate gates have their recurrent parts behind those of all gates
-    g.recurrent = {gates.narrow(1, 0, together)};
-    if (cell.separate > 0) g.recurrent.push_back(gates.narrow(1, cell.gates * z.units, cell.separate * z.units));
-    for (Tensor* t : {&g.previous, &g.initial, &g.grad_projected}) {
-      if (t->defined()) *t = t->to(product);
+    if (cell.separate > 0) of.recurrent.push_back(gates.narrow(1, cell.gates * z.units, cell.separate * z.units));
+    gradients.add(d, of, states[d]);
+  };
+  const auto& kernels = cpu_kernels().get<T>(kind);
+  if (windows) {
+    Scan one = scan;
+    one.directions = 1;
+    const at::DataPtr scratch = temporary(kernels.backward_scratch(one));
+    for (int d = 0; d < l.directions; ++d) {
+      windows->each(one, d == 1, all_gates[d], [&](const Scan& window, int64_t first, const Tensor& gates) {
+        kernels.backward(window, &params[d], scratch.get());
+        add(d, first, gates);
+      });
+    }
+  } else {
+    kernels.backward(scan, params, temporary(kernels.backward_scratch(scan)).get());
+    for (int d = 0; d < l.directions; ++d) {
+      add(d, 0, all_gates[d]);
+      if (l.projected) {
+        const Tensor saved = reserve.select(0, d).view({total, reserve_columns});
+        gradients.add_projection(d, grad_projected[d].to(product),
+                                 select(saved.narrow(1, cell.saved * z.units, z.units)));
+      }
     }
   }
-  if (scanned.grad_first.defined()) scanned.grad_first = scanned.grad_first.to(product);
 
   Tensor empty_rows;
   if (valid) {
     empty_rows = at::empty({z.batch, 1}, at::kBool);
     for (int64_t n = 0; n < z.batch; ++n) empty_rows.mutable_data_ptr<bool>()[n] = rows.length[n] == 0;
   }
-  Tensors result = layer_gradients(a, scanned, empty_rows);
+  Tensors result = gradients.finish(grad_first.defined() ? grad_first.to(product) : grad_first, carry, empty_rows);
   if (scan.plan.parts > 1 && std::any_of(result.begin(), result.end(), has_nan)) return {};
   if (a.wants_input()) {
     if (dense) {

@@ -14,121 +14,10 @@
 namespace fastrnn {
 namespace {
 
-// Products of sums that were cut into short ones. A sum of some terms [A, B] by one product of all, if that is not much
-// memory: several products one after another would cost a small layer more in launches.
-constexpr int64_t kMostAtOnce = int64_t{1} << 22;  // elements
-// sum (+)= the sum over i of a[i] b[i], a [parts, A, K] and b [parts, K, B].
-void add_products(const ScanGradients& scan, Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
-  if (a.size(0) * sum.numel() <= kMostAtOnce) {
-    const Tensor products = at::bmm(a, b);
-    if (begun) {
-      sum.add_(products.sum(0));
-    } else {
-      at::sum_out(sum, products, {0});
-    }
-    return;
-  }
-  for (int64_t i = 0; i < a.size(0); ++i) scan.add_product(sum, begun || i > 0, a.select(0, i), b.select(0, i));
+// Some rows of t; a view of all is t itself, without a call of an op.
+Tensor rows_of(const Tensor& t, int64_t first, int64_t count) {
+  return count == t.size(0) ? t : t.narrow(0, first, count);
 }
-
-// sum (+)= grad w, with grad [rows, G H] and w [G H, I]; an undefined sum is zero. Short sums, where they are wanted at all
-// and the columns are many, are those of a gate.
-void add_by_gates(const ScanGradients& scan, Tensor& sum, const Tensor& grad, const Tensor& w, int gates) {
-  constexpr int64_t kMany = 2048;
-  const bool begun = sum.defined();
-  const int64_t rows = grad.size(0), columns = w.size(0), inputs = w.size(1), units = columns / gates;
-  if (!begun) sum = at::empty({rows, inputs}, grad.options());
-  if (scan.short_sums && gates > 1 && columns >= kMany) {
-    add_products(scan, sum, begun, grad.view({rows, gates, units}).transpose(0, 1), w.view({gates, units, inputs}));
-  } else {
-    scan.add_product(sum, begun, grad, w);
-  }
-}
-
-// Weight gradients: a product over all rows, or over the rows of each of `groups` blocks of the batch.
-class Reduction {
- public:
-  Reduction(const Sizes& z, bool batch_first, int64_t groups, const ScanGradients& scan)
-      : z_(z), batch_first_(batch_first), groups_(groups), scan_(scan) {}
-
-  // Rows of x [rows, B], and the row of a gradient that its first belongs to.
-  struct Term {
-    int64_t first;
-    Tensor x;
-  };
-  // The sum over the terms of grad^T x: parts of [rows, A] in all and [rows, B] -> [A, B] or [groups, A, B], the latter
-  // of one term of all rows.
-  Tensor outer(const std::vector<Tensor>& parts, const std::vector<Term>& terms) const {
-    if (groups_ > 0) {
-      Tensors products;
-      for (const Tensor& part : parts) products.push_back(outer(part, terms.at(0).x));
-      return products.size() == 1 ? products[0] : at::cat(products, 1);
-    }
-    // in place: for one step a copy or a sum of such matrices costs as much as the product
-    int64_t width = 0, at = 0;
-    for (const Tensor& part : parts) width += part.size(1);
-    Tensor whole = at::empty({width, terms.at(0).x.size(1)}, parts.at(0).options());
-    for (const Tensor& part : parts) {
-      Tensor slice = whole.narrow(0, at, part.size(1));
-      bool begun = false;
-      for (const Term& term : terms) {
-        if (term.x.size(0) == 0) continue;
-        add(slice, begun, part, term);
-        begun = true;
-      }
-      if (!begun) slice.zero_();
-      at += part.size(1);
-    }
-    return whole;
-  }
-  Tensor outer(const Tensor& grad, const Tensor& x) const {
-    if (groups_ == 0) return outer(std::vector<Tensor>{grad}, {{0, x}});
-    return at::bmm(grouped(grad).transpose(1, 2), grouped(x));
-  }
-  // [rows, A] -> [A] or [groups, A]
-  Tensor sum(const Tensor& grad) const { return groups_ == 0 ? grad.sum(0) : grouped(grad).sum(1); }
-  Tensor sum(const std::vector<Tensor>& parts) const {
-    Tensors sums;
-    for (const Tensor& part : parts) sums.push_back(sum(part));
-    return sums.size() == 1 ? sums[0] : at::cat(sums, -1);
-  }
-
- private:
-  Tensor grouped(const Tensor& t) const {
-    const int64_t rows = z_.batch / groups_;
-    if (batch_first_) return t.reshape({groups_, rows * z_.steps, t.size(1)});
-    return t.reshape({z_.steps, groups_, rows, t.size(1)})
-        .transpose(0, 1)
-        .reshape({groups_, z_.steps * rows, t.size(1)});
-  }
-  // slice (+)= grad^T x of a term with rows.
-  void add(Tensor& slice, bool begun, const Tensor& grad, const Term& term) const {
-    const int64_t rows = term.x.size(0), width = grad.size(1);
-    const int64_t sums = scan_.short_sums ? std::min(rows / kFewRows, kMostSums) : 1;
-    if (sums > 1) {
-      const int64_t each = rows / sums, all = sums * each;
-      const Tensor factors = grad.narrow(0, term.first, all).view({sums, each, width}).transpose(1, 2);
-      add_products(scan_, slice, begun, factors, term.x.narrow(0, 0, all).view({sums, each, term.x.size(1)}));
-      if (all < rows) {
-        const Tensor factor = grad.narrow(0, term.first + all, rows - all).t();
-        scan_.add_product(slice, true, factor, term.x.narrow(0, all, rows - all));
-      }
-      return;
-    }
-    const Tensor factor = grad.narrow(0, term.first, rows).t();
-    if (!begun && rows == 1) {
-      at::mul_out(slice, factor, term.x);  // written once; a product of one k would be prepared as one of many
-    } else {
-      scan_.add_product(slice, begun, factor, term.x);
-    }
-  }
-
-  static constexpr int64_t kFewRows = 128, kMostSums = 8;  // of a short sum at least; short sums of a term
-  const Sizes& z_;
-  bool batch_first_;
-  int64_t groups_;
-  const ScanGradients& scan_;
-};
 
 Tensor allocate(std::vector<int64_t> rows, int64_t last, const at::TensorOptions& options) {
   rows.push_back(last);
@@ -189,41 +78,162 @@ bool BackwardArguments::wants_recurrent(int d) const {
   return wants_weight(layout.w_hh(d)) || (layout.biases && wants_weight(layout.b_hh(d)));
 }
 
-Tensors layer_gradients(const BackwardArguments& a, const ScanGradients& scan, const Tensor& empty_rows) {
-  const Layout& l = a.layout;
-  const Sizes& z = a.sizes;
-  const CellTraits& cell = traits(a.kind);
-  Tensors result(1 + a.hx.size() + a.weights.size());
-  const Reduction reduction(z, a.batch_first, a.groups, scan);
+LayerGradients::LayerGradients(const BackwardArguments& arguments, Products products)
+    : a_(arguments), products_(std::move(products)), result_(1 + a_.hx.size() + a_.weights.size()) {}
+
+void LayerGradients::add(int d, const GateGradients& gates, const std::vector<RowFactor>& states) {
+  const Layout& l = a_.layout;
+  if (a_.wants_input()) add_input(d, gates);
+  if (a_.wants_weight(l.w_ih(d))) add_outer(weight(l.w_ih(d)), gates.first, {gates.input}, {{0, a_.input}});
+  if (a_.wants_weight(l.w_hh(d))) add_outer(weight(l.w_hh(d)), gates.first, gates.recurrent, states);
+  if (!l.biases) return;
+  if (a_.wants_weight(l.b_ih(d))) add_sum(weight(l.b_ih(d)), {gates.input});
+  if (a_.wants_weight(l.b_hh(d)) && !same_bias(d)) add_sum(weight(l.b_hh(d)), gates.recurrent);
+}
+
+void LayerGradients::add_projection(int d, const Tensor& grad_projected, const Tensor& activation) {
+  const int index = a_.layout.w_hr(d);
+  if (a_.wants_weight(index)) add_outer(weight(index), 0, {grad_projected}, {{0, activation}});
+}
+
+Tensors LayerGradients::finish(const Tensor& grad_first, const Tensor& carry, const Tensor& empty_rows) {
+  const Layout& l = a_.layout;
+  const Sizes& z = a_.sizes;
   for (int d = 0; d < l.directions; ++d) {
-    const DirectionGradients& g = scan.each[d];
-    const auto weight = [&](int index) -> Tensor& { return result[1 + a.hx.size() + index]; };
-    if (a.wants_input()) add_by_gates(scan, result[0], g.input_gates, a.weights[l.w_ih(d)], cell.gates);
-    if (a.wants_weight(l.w_ih(d))) weight(l.w_ih(d)) = reduction.outer(g.input_gates, a.input);
-    if (a.wants_weight(l.w_hh(d))) {
-      std::vector<Reduction::Term> states{{g.previous_first, g.previous}};
-      if (g.initial.defined()) states.push_back({g.initial_first, g.initial});
-      weight(l.w_hh(d)) = reduction.outer(g.recurrent, states);
-    }
-    if (l.biases && a.wants_weight(l.b_ih(d))) weight(l.b_ih(d)) = reduction.sum(g.input_gates);
-    if (l.biases && a.wants_weight(l.b_hh(d))) {
-      const bool same = cell.separate == 0 && a.wants_weight(l.b_ih(d));
-      weight(l.b_hh(d)) = same ? weight(l.b_ih(d)).clone() : reduction.sum(g.recurrent);
-    }
-    if (l.projected && a.wants_weight(l.w_hr(d))) weight(l.w_hr(d)) = reduction.outer(g.grad_projected, g.activation);
+    if (l.biases && same_bias(d)) weight(l.b_hh(d)) = weight(l.b_ih(d)).clone();
   }
-  if (a.wants_state(0)) {
-    Tensor grad_h0 = at::empty({z.directions, z.batch, z.outputs}, scan.grad_first.options());
+  for (Tensor& sum : result_) {
+    if (sum.defined()) sum = sum.contiguous();
+  }
+  if (a_.wants_state(0)) {
+    Tensor grad_h0 = at::empty({z.directions, z.batch, z.outputs}, grad_first.options());
     for (int d = 0; d < l.directions; ++d) {
       Tensor slice = grad_h0.select(0, d);
-      scan.add_product(slice, false, scan.grad_first.select(0, d), a.weights[l.w_hh(d)]);
+      products_.add(slice, false, grad_first.select(0, d), a_.weights[l.w_hh(d)]);
     }
-    if (cell.carries_h) grad_h0.add_(scan.carry);
-    if (empty_rows.defined() && a.grads[1].defined()) grad_h0 = at::where(empty_rows, a.grads[1], grad_h0);
-    result[1] = grad_h0;
+    if (traits(a_.kind).carries_h) grad_h0.add_(carry);
+    if (empty_rows.defined() && a_.grads[1].defined()) grad_h0 = at::where(empty_rows, a_.grads[1], grad_h0);
+    result_[1] = grad_h0;
   }
-  if (a.wants_state(1)) result[2] = scan.carry;
-  return result;
+  if (a_.wants_state(1)) result_[2] = carry;
+  return std::move(result_);
+}
+
+// Both biases of a cell without separate gates have the same gradient.
+bool LayerGradients::same_bias(int d) const {
+  const Layout& l = a_.layout;
+  return traits(a_.kind).separate == 0 && a_.wants_weight(l.b_ih(d)) && a_.wants_weight(l.b_hh(d));
+}
+
+// grad w of all gates, with grad [rows, G H] and w [G H, I]. Short sums, where they are wanted at all and the columns are
+// many, are those of a gate.
+void LayerGradients::add_input(int d, const GateGradients& gates) {
+  constexpr int64_t kMany = 2048;
+  const Tensor& grad = gates.input;
+  const Tensor& w = a_.weights[a_.layout.w_ih(d)];
+  const int64_t rows = grad.size(0), columns = w.size(0), inputs = w.size(1), parts = traits(a_.kind).gates;
+  const bool begun = d > 0;  // each row once by each direction
+  if (!result_[0].defined()) result_[0] = at::empty({a_.input.size(0), inputs}, grad.options());
+  Tensor sum = rows_of(result_[0], gates.first, rows);
+  if (products_.short_sums && parts > 1 && columns >= kMany) {
+    const int64_t units = columns / parts;
+    add_parts(sum, begun, grad.view({rows, parts, units}).transpose(0, 1), w.view({parts, units, inputs}));
+  } else {
+    products_.add(sum, begun, grad, w);
+  }
+}
+
+// sum += the sum over the factors of grad^T x: parts of [rows, A] in all, of the gradient's rows from `first` on, and
+// [rows, B] -> [A, B], or [groups, A, B] of one factor of all rows.
+void LayerGradients::add_outer(Tensor& sum, int64_t first, const std::vector<Tensor>& parts,
+                               const std::vector<RowFactor>& factors) const {
+  if (a_.groups > 0) {
+    Tensors all;
+    for (const Tensor& part : parts) all.push_back(at::bmm(grouped(part).transpose(1, 2), grouped(factors.at(0).x)));
+    sum = all.size() == 1 ? all[0] : at::cat(all, 1);
+    return;
+  }
+  const bool add = sum.defined();
+  if (!add) {
+    int64_t width = 0;
+    for (const Tensor& part : parts) width += part.size(1);
+    sum = allocate_sum(width, factors.at(0).x.size(1), parts.at(0).options());
+  }
+  // in place: for one step a copy or a sum of such matrices costs as much as the product
+  int64_t at = 0;
+  for (const Tensor& part : parts) {
+    Tensor slice = rows_of(sum, at, part.size(1));
+    bool begun = add;
+    for (const RowFactor& factor : factors) {
+      const int64_t begin = std::max(first, factor.first);
+      const int64_t rows = std::min(first + part.size(0), factor.first + factor.x.size(0)) - begin;
+      if (rows <= 0) continue;
+      add_term(slice, begun, rows_of(part, begin - first, rows), rows_of(factor.x, begin - factor.first, rows));
+      begun = true;
+    }
+    if (!begun) slice.zero_();
+    at += part.size(1);
+  }
+}
+
+Tensor LayerGradients::allocate_sum(int64_t rows, int64_t columns, const at::TensorOptions& options) const {
+  // below, what is gained is less than what it costs to lay the result out as its weight
+  constexpr int64_t kLong = 1000, kNarrow = 256;
+  const bool turned = products_.longer_side_in_row && a_.input.size(0) >= kLong && columns <= kNarrow && columns < rows;
+  return turned ? at::empty({columns, rows}, options).t() : at::empty({rows, columns}, options);
+}
+
+// slice (+)= grad^T x, both of the same rows.
+void LayerGradients::add_term(Tensor& slice, bool begun, const Tensor& grad, const Tensor& x) const {
+  constexpr int64_t kFewRows = 128, kMostSums = 8;  // of a short sum at least; short sums of a term
+  const int64_t rows = x.size(0);
+  const int64_t sums = products_.short_sums ? std::min(rows / kFewRows, kMostSums) : 1;
+  if (sums > 1) {
+    const int64_t each = rows / sums, all = sums * each;
+    add_parts(slice, begun, grad.narrow(0, 0, all).view({sums, each, grad.size(1)}).transpose(1, 2),
+              x.narrow(0, 0, all).view({sums, each, x.size(1)}));
+    if (all < rows) products_.add(slice, true, grad.narrow(0, all, rows - all).t(), x.narrow(0, all, rows - all));
+  } else if (!begun && rows == 1) {
+    at::mul_out(slice, grad.t(), x);  // written once; a product of one k would be prepared as one of many
+  } else {
+    products_.add(slice, begun, grad.t(), x);
+  }
+}
+
+// Products of sums that were cut into short ones: sum (+)= the sum over i of a[i] b[i], a [parts, A, K] and b [parts, K,
+// B]. A sum of some terms by one product of all, if that is not much memory: several products one after another would
+// cost a small layer more in launches.
+void LayerGradients::add_parts(Tensor& sum, bool begun, const Tensor& a, const Tensor& b) const {
+  constexpr int64_t kMostAtOnce = int64_t{1} << 22;  // elements
+  if (a.size(0) * sum.numel() <= kMostAtOnce) {
+    const Tensor all = at::bmm(a, b);
+    if (begun) {
+      sum.add_(all.sum(0));
+    } else {
+      at::sum_out(sum, all, {0});
+    }
+    return;
+  }
+  for (int64_t i = 0; i < a.size(0); ++i) products_.add(sum, begun || i > 0, a.select(0, i), b.select(0, i));
+}
+
+// sum += [rows, A] -> [A], or [groups, A]
+void LayerGradients::add_sum(Tensor& sum, const std::vector<Tensor>& parts) const {
+  Tensors sums;
+  for (const Tensor& part : parts) sums.push_back(a_.groups == 0 ? part.sum(0) : grouped(part).sum(1));
+  const Tensor whole = sums.size() == 1 ? sums[0] : at::cat(sums, -1);
+  if (sum.defined()) {
+    sum.add_(whole);
+  } else {
+    sum = whole;
+  }
+}
+
+Tensor LayerGradients::grouped(const Tensor& all) const {
+  const Sizes& z = a_.sizes;
+  const int64_t groups = a_.groups, rows = z.batch / groups, width = all.size(1);
+  if (a_.batch_first) return all.reshape({groups, rows * z.steps, width});
+  return all.reshape({z.steps, groups, rows, width}).transpose(0, 1).reshape({groups, z.steps * rows, width});
 }
 
 }  // namespace fastrnn

@@ -52,31 +52,17 @@ struct LayerResult {
   Tensors with_reserve(const Tensor& reserve) const;
 };
 
-// The result of a backward scan for one direction, and what its GEMMs multiply it with.
-struct DirectionGradients {
-  Tensor input_gates;             // [rows, G*H] gradients of the input projection
-  std::vector<Tensor> recurrent;  // of the recurrent projection, in parts whose columns make up G*H; each [rows, *]
-  // The h that entered the steps, zeros in rows that neither of the two has. Where no row ends or starts anew, `previous`
-  // is the output itself, a step further on, and nothing is copied.
-  Tensor previous;  // [previous rows, outputs]
-  int64_t previous_first = 0;  // the gate gradients' row that goes with the first of these
-  Tensor initial;  // [N, outputs] or undefined: zeros, or in `previous`
-  int64_t initial_first = 0;  //
-  Tensor grad_projected;  // [rows, P] projected only
-  Tensor activation;  // [rows, H] projected only
-};
-
 // sum (+)= a b; it has numbers if `begun`.
 void add_product(Tensor& sum, bool begun, const Tensor& a, const Tensor& b);
 
-struct ScanGradients {
-  std::vector<DirectionGradients> each;  // [D]
-  Tensor grad_first;  // [D, N, G*H] recurrent gate gradients of each row's first step, or undefined
-  Tensor carry;  // [D, N, H] dc_0, or what flows to h_0 element by element
+// How a device's library multiplies best.
+struct Products {
   // GEMMs add term after term to one number of that type, and err by more the more there are: long sums are then made of
   // several.
   bool short_sums = false;
-  std::function<void(Tensor& sum, bool begun, const Tensor& a, const Tensor& b)> add_product = fastrnn::add_product;
+  // Faster by up to a quarter, of long sums, where the longer side of a narrow result is the one that lies in a row.
+  bool longer_side_in_row = false;
+  std::function<void(Tensor& sum, bool begun, const Tensor& a, const Tensor& b)> add = add_product;
 };
 
 // The arguments of a backward op, as plain tensors on one device; input and weights are of the type of the products.
@@ -99,8 +85,50 @@ struct BackwardArguments {
   bool wants_recurrent(int d) const;
 };
 
-// Every gradient that the mask wants, in the order of input, hx, weights; that of the input as [rows, I].
-// `empty_rows`: bool [N, 1], which rows have no step at all, undefined if none; their initial state is their final one.
-Tensors layer_gradients(const BackwardArguments& arguments, const ScanGradients& scan, const Tensor& empty_rows);
+// The gate gradients of some rows, as a scan leaves them.
+struct GateGradients {
+  int64_t first = 0;  // which of all rows is the first of these
+  Tensor input;  // [rows, G*H] of the input projection
+  std::vector<Tensor> recurrent;  // of the recurrent projection, in parts whose columns make up G*H; each [rows, *]
+};
+
+// What gate gradients are multiplied with: x [some rows, *], and which of all rows goes with the first of these.
+struct RowFactor {
+  int64_t first = 0;
+  Tensor x;
+};
+
+// Adds up every gradient that the mask wants from what a scan leaves: the GEMMs of a layer.
+class LayerGradients {
+ public:
+  LayerGradients(const BackwardArguments& arguments, Products products);
+
+  // What some rows of a direction add, each row once, and the first direction's before the second's. Groups take all
+  // rows at once. `states`: the h that entered the steps, zeros in rows that are in none of them.
+  void add(int direction, const GateGradients& gates, const std::vector<RowFactor>& states);
+  // A projected layer: grad_projected [rows, P], activation [rows, H].
+  void add_projection(int direction, const Tensor& grad_projected, const Tensor& activation);
+  // In the order of input, hx, weights; that of the input as [rows, I]. grad_first: [D, N, G*H] recurrent gate gradients
+  // of each row's first step, undefined if no state wants them. carry: [D, N, H] dc_0, or what flows to h_0 element by
+  // element. empty_rows: bool [N, 1], which rows have no step at all, undefined if none; their initial state is their
+  // final one.
+  Tensors finish(const Tensor& grad_first, const Tensor& carry, const Tensor& empty_rows);
+
+ private:
+  Tensor& weight(int index) { return result_[1 + a_.hx.size() + index]; }
+  void add_input(int direction, const GateGradients& gates);
+  void add_outer(Tensor& sum, int64_t first, const std::vector<Tensor>& parts,
+                 const std::vector<RowFactor>& factors) const;
+  void add_term(Tensor& slice, bool begun, const Tensor& factor, const Tensor& x) const;
+  void add_sum(Tensor& sum, const std::vector<Tensor>& parts) const;
+  void add_parts(Tensor& sum, bool begun, const Tensor& a, const Tensor& b) const;
+  bool same_bias(int direction) const;
+  Tensor allocate_sum(int64_t rows, int64_t columns, const at::TensorOptions& options) const;
+  Tensor grouped(const Tensor& rows) const;
+
+  const BackwardArguments& a_;
+  const Products products_;
+  Tensors result_;
+};
 
 }  // namespace fastrnn

@@ -72,8 +72,8 @@ RowTable::RowTable(const Layout& layout, const Tensor& input, const OptionalTens
 }
 
 std::vector<int64_t> RowTable::visited_before() const {
-  std::vector<int64_t> before(rows_.steps);
-  std::exclusive_scan(rows_.active, rows_.active + rows_.steps, before.begin(), int64_t{0});
+  std::vector<int64_t> before(rows_.steps + 1);
+  std::inclusive_scan(rows_.active, rows_.active + rows_.steps, before.begin() + 1);
   return before;
 }
 

@@ -28,7 +28,7 @@ class RowTable {
   bool padded() const { return padded_; }
   // The valid rows in the order of the scan's visits, if some are not.
   std::optional<Tensor> valid_rows() const;
-  // [T] how many of them come before those of a step.
+  // [T+1] how many of them come before those of a step, and in the end how many there are.
   std::vector<int64_t> visited_before() const;
 
  private:

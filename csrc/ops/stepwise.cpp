@@ -259,10 +259,8 @@ Tensors stepwise_layer_backward(CellKind kind, const Gpu& gpu, const OptionalTen
     wants_recurrent = wants_recurrent || a.wants_recurrent(d);
     wants_w_hh = wants_w_hh || a.wants_weight(l.w_hh(d));
   }
-  ScanGradients scanned;
-  scanned.short_sums = options.dtype() == at::kFloat;  // cuBLAS's; torch's LSTM adds up by steps
-  scanned.carry = at::zeros({z.directions, z.batch, z.units}, sums);
-  if (a.wants_states()) scanned.grad_first = at::zeros({z.directions, z.batch, gate_width}, options);
+  const Tensor carry = at::zeros({z.directions, z.batch, z.units}, sums);
+  const Tensor grad_first = a.wants_states() ? at::zeros({z.directions, z.batch, gate_width}, options) : Tensor();
   const Tensor grad_gates = by_rows(gate_width);
   const Tensor grad_recurrent = cell.separate > 0 && wants_recurrent ? by_rows(gate_width) : Tensor();
   const Tensor previous = wants_w_hh ? by_rows(z.outputs) : Tensor();
@@ -280,10 +278,10 @@ Tensors stepwise_layer_backward(CellKind kind, const Gpu& gpu, const OptionalTen
   p.grad_h_n = pointer(a.grads[1]);
   if (cell.states > 1) p.grad_c_n = pointer(a.grads[2]);
   if (a.grads.size() > static_cast<size_t>(1 + cell.states)) p.grad_cells = pointer(a.grads[3]);
-  p.carry = mutable_pointer(scanned.carry);
+  p.carry = mutable_pointer(carry);
   p.grad_gates = mutable_pointer(grad_gates);
   p.grad_recurrent = mutable_pointer(grad_recurrent);
-  p.grad_first = mutable_pointer(scanned.grad_first);
+  p.grad_first = mutable_pointer(grad_first);
   p.previous = mutable_pointer(previous);
   p.grad_projected = mutable_pointer(grad_projected);
 
@@ -316,19 +314,20 @@ Tensors stepwise_layer_backward(CellKind kind, const Gpu& gpu, const OptionalTen
     }
   }
 
+  const bool short_sums = options.dtype() == at::kFloat;  // cuBLAS's; torch's LSTM adds up by steps
+  LayerGradients gradients(a, {.short_sums = short_sums});
   for (int d = 0; d < l.directions; ++d) {
-    DirectionGradients g;
-    g.input_gates = grad_gates[d];
-    g.recurrent = {grad_recurrent.defined() ? grad_recurrent[d] : grad_gates[d]};
-    if (previous.defined()) g.previous = previous[d];
+    std::vector<RowFactor> states;
+    if (previous.defined()) states.push_back({0, previous[d]});
+    const Tensor& recurrent = grad_recurrent.defined() ? grad_recurrent : grad_gates;
+    gradients.add(d, {0, grad_gates[d], {recurrent[d]}}, states);
     if (l.projected) {
-      g.grad_projected = grad_projected[d];
-      g.activation = reserve.select(0, d).view({total, reserve_columns}).narrow(1, cell.saved * z.units, z.units);
-      g.activation = g.activation.to(options.dtype());
+      const Tensor saved = reserve.select(0, d).view({total, reserve_columns});
+      gradients.add_projection(d, grad_projected[d],
+                               saved.narrow(1, cell.saved * z.units, z.units).to(options.dtype()));
     }
-    scanned.each.push_back(std::move(g));
   }
-  Tensors result = layer_gradients(a, scanned, steps.empty_rows());
+  Tensors result = gradients.finish(grad_first, carry, steps.empty_rows());
   if (a.wants_input()) result[0] = result[0].view(input.sizes());
   for (Tensor& t : result) t = t.defined() ? t.to(options.dtype()) : at::empty({0}, options);
   return result;

@@ -330,8 +330,8 @@ struct Problem {
     return sum;
   }
 
-  // Gradients of the gate pre-activations, and through them of everything, by the backward scan.
-  void check_backward(const CpuPlan& plan) {
+  // Gradients of the gate pre-activations, and through them of everything, by the backward scan in runs of some steps.
+  void check_backward(const CpuPlan& plan, int64_t steps_a_run) {
     Random r(7);
     const CpuPlan packed;
     forward(packed);
@@ -348,9 +348,12 @@ struct Problem {
     p.grad_h_n = b.data();
     p.grad_gates = grad_gates.data(), p.grad_projected = grad_projected.data();
     p.carry = carry.data(), p.grad_first = grad_first.data();
-    const Scan s = scan(plan);
+    Scan s = scan(plan);
     std::vector<char> scratch(BackwardScan<Cell, T>::scratch_bytes(s) + 64);
-    BackwardScan<Cell, T>::run(s, &p, aligned(scratch));
+    for (; s.first_visit < steps; s.first_visit += steps_a_run) {
+      s.end_visit = s.first_visit + steps_a_run;
+      BackwardScan<Cell, T>::run(s, &p, aligned(scratch));
+    }
 
     const double step = 1e-5;
     const auto difference = [&](T& x) {
@@ -404,9 +407,9 @@ void test_scan(bool projected) {
         }
       }
       Problem<Cell> small(++seed, 4, 3, 5, reverse, projected, ragged);
-      for (const CpuPlan& plan : {one, units, rows}) small.check_backward(plan);
+      for (const CpuPlan& plan : {one, units, rows}) small.check_backward(plan, 1 + plan.threads);
       Problem<Cell> wide(++seed, 3, 9, 67, reverse, projected, ragged);
-      for (const CpuPlan& plan : {one, units, rows}) wide.check_backward(plan);
+      for (const CpuPlan& plan : {one, units, rows}) wide.check_backward(plan, 4 - plan.threads);
     }
   }
 }

@@ -35,6 +35,16 @@ void test_plan() {
       }
     }
   }
+  // gate gradients of many rows are multiplied in windows of equal parts of the steps, a thousand rows or more in each
+  const auto window = [](int64_t steps, int64_t batch, int64_t units, int directions = 1, int threads = 1) {
+    const CpuProblem problem{4, 0,     steps, batch, {units, units, units, false}, directions, 4, false, true,
+                             4, false, 0,     true};
+    return plan_cpu(problem, {threads, 1 << 20}).window;
+  };
+  CHECK(window(16, 128, 64) == 8 && window(15, 128, 64) == 0 && window(100, 128, 64) == 9);
+  CHECK(window(5, 1024, 64) == 1 && window(2, 4096, 64) == 1 && window(1, 4096, 64) == 0 && window(9, 0, 64) == 0);
+  CHECK(window(31, 128, 1024) == 0 && window(32, 128, 1024) == 16 && window(2000, 1, 4) == 0);
+  CHECK(window(100, 128, 64, 2) == 9 && window(100, 128, 64, 2, 2) == 0 && window(100, 128, 64, 1, 2) == 9);
   // work enough for two cores is shared between them, and a little is not
   const CpuProblem large{4, 0, 64, 64, {1024, 1024, 1024, false}, 1, 4, false, false};
   CHECK(plan_cpu(large, {2, 1 << 21}).threads == 2);
