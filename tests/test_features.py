@@ -20,6 +20,7 @@ FLAGS = [
 SIZES = [{"steps": 17, "batch": 17, "inputs": 3, "hidden": 17}, {"steps": 3, "batch": 3, "inputs": 17, "hidden": 129}]
 TABLE = [case for flags in FLAGS for size in SIZES for case in small(**flags, **size)]
 OPTIONS = ("lengths", "reset", "both")
+WINDOWS = (("lstm", "batch_first"), ("gru", "time_major"))
 
 
 def options(case, which):
@@ -115,6 +116,13 @@ def test_against_segments_apart(case, which, backend):
 @parametrize([replace(case, dtype=dtype) for case in TABLE[::7] for dtype in (torch.bfloat16, torch.float16)])
 def test_against_segments_apart_16_bit(case, which, backend):
     compare_apart(case, which, backend)
+
+
+@pytest.mark.parametrize("which", OPTIONS)
+@parametrize([Case(kind, layout, bidirectional=True, steps=65, batch=65, hidden=65) for kind, layout in WINDOWS])
+def test_segments_apart_in_windows(case, which, native):
+    """On one thread, rows enough for the gate gradients to be multiplied some steps at a time."""
+    compare_apart(case, which, "one thread")
 
 
 def check_derivatives(case, which, device="cpu"):

@@ -222,25 +222,31 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList 
   return result.with_reserve(need_reserve ? gates : at::empty({0}, options));
 }
 
-// The h that entered each step, as a copy: [count, outputs], zeros where none did. Row i of a step's order goes to row
-// offset[t] + i, or without offsets to where its output is.
-Tensor copy_previous(const Rows& rows, const int64_t* offset, int64_t count, const Tensor& output, int d,
+// Steps of a layer, and the rows that their gate gradients lie in.
+struct StepRange {
+  int64_t begin, end;  // steps
+  int64_t first, rows;  // the first row, and how many there are
+};
+
+// The h that entered each of some steps, as a copy: [range.rows, outputs], zeros where none did. Row i of a step's order
+// goes to row offset[t] + i, or without offsets to where its output is, less range.first.
+Tensor copy_previous(const Rows& rows, const StepRange& range, const int64_t* offset, const Tensor& output, int d,
                      const Tensor& h0, int64_t width) {
-  Tensor previous = at::zeros({count, width}, output.options());
+  Tensor previous = at::zeros({range.rows, width}, output.options());
   const bool reverse = d == 1;
   const int64_t row_bytes = width * output.element_size(), stride = output.size(-1) * output.element_size();
   auto* to = static_cast<char*>(previous.mutable_data_ptr());
   const auto* from = static_cast<const char*>(output.const_data_ptr()) + d * row_bytes;
   const auto* initial = h0.defined() ? static_cast<const char*>(h0.const_data_ptr()) : nullptr;
-  for_steps(rows.steps, rows.batch * row_bytes, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
+  for_steps(range.end - range.begin, rows.batch * row_bytes, [&](int64_t begin, int64_t end) {
+    for (int64_t t = range.begin + begin; t < range.begin + end; ++t) {
       for (int64_t i = 0; i < rows.active[t]; ++i) {
         const int64_t n = rows.order[i];
         const Sequence sequence = rows.sequence(n);
         const char* source = sequence.flows(t, reverse) ? from + rows.row(reverse ? t + 1 : t - 1, n) * stride
                              : sequence.enters(t, reverse) && initial != nullptr ? initial + n * row_bytes
                                                                                  : nullptr;
-        const int64_t row = offset == nullptr ? rows.row(t, n) : offset[t] + i;
+        const int64_t row = (offset == nullptr ? rows.row(t, n) : offset[t] + i) - range.first;
         if (source != nullptr) std::memcpy(to + row * row_bytes, source, row_bytes);
       }
     }
@@ -265,7 +271,7 @@ class Windows {
   }
   const int64_t* offset() const { return offset_.data(); }  // [T] where a step's rows begin, as far as it is there
 
-  // f(the scan of a window, its first row of all, its rows of the buffer) in the order of visits.
+  // f(the scan of a window, its steps, its rows of the buffer) in the order of visits.
   template <class F>
   void each(Scan scan, bool reverse, const Tensor& buffer, const F& f) {
     for (int64_t visit = 0; visit < rows_.steps; visit += window_) {
@@ -274,7 +280,8 @@ class Windows {
       const int64_t begin = reverse ? visit : rows_.steps - scan.end_visit;
       const int64_t end = reverse ? scan.end_visit : rows_.steps - visit;
       for (int64_t t = begin; t < end; ++t) offset_[t] = rows_.batch + visited_[t] - visited_[begin];
-      f(scan, visited_[begin], buffer.narrow(0, rows_.batch, visited_[end] - visited_[begin]));
+      const StepRange range{begin, end, visited_[begin], visited_[end] - visited_[begin]};
+      f(scan, range, buffer.narrow(0, rows_.batch, range.rows));
       const int64_t last = reverse ? end - 1 : begin, count = rows_.active[last];
       buffer.narrow(0, 0, count).copy_(buffer.narrow(0, offset_[last], count));
       offset_[last] = 0;
@@ -313,14 +320,18 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   const std::vector<int64_t> visited = table.visited_before();
   const int64_t* offset = dense ? visited.data() : nullptr;  // [T] the row of a step's first gradient
   const int64_t count = dense ? valid->numel() : total;
-  const auto select = [&](const Tensor& data) {  // [total, columns]
-    if (!valid) return data.to(product);
+  const StepRange all{0, z.steps, 0, count};
+  const auto places = [&](const StepRange& range) { return valid->narrow(0, range.first, range.rows); };
+  const auto select = [&](const Tensor& data, const StepRange& range) {  // [total, columns] -> [range.rows, columns]
+    if (!valid) return (range.rows == total ? data : data.narrow(0, range.first, range.rows)).to(product);
+    if (dense) return data.index_select(0, places(range)).to(product);
     const Tensor kept = data.index_select(0, *valid).to(product);
-    return dense ? kept : at::zeros(data.sizes(), kept.options()).index_copy_(0, *valid, kept);
+    return at::zeros(data.sizes(), kept.options()).index_copy_(0, *valid, kept);
   };
 
   Tensors factors(weights.size());
-  BackwardArguments a{kind, l, z, {}, select(input.reshape({total, z.inputs})), hx, factors, batch_first, mask, groups};
+  const Tensor x = input.reshape({total, z.inputs});
+  BackwardArguments a{kind, l, z, {}, hx, factors, batch_first, mask, groups};
   for (int d = 0; d < l.directions; ++d) {
     if (a.wants_input()) factors[l.w_ih(d)] = weights[l.w_ih(d)].to(product);
     if (a.wants_state(0)) factors[l.w_hh(d)] = weights[l.w_hh(d)].to(product);
@@ -351,7 +362,6 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   if (windows) all_gates[0] = all_gates[1] = allocate(windows->rows(), gate_columns, gate_type);
 
   BackwardParams<T> params[2];
-  std::vector<RowFactor> states[2];
   Tensor grad_projected[2];
   const Tensor carry = at::zeros({directions, z.batch, z.units}, options);
   const Tensor grad_first = a.wants_states() ? at::empty({directions, z.batch, cell.gates * z.units}, options)
@@ -359,18 +369,6 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   for (int d = 0; d < l.directions; ++d) {
     if (!windows) all_gates[d] = allocate(count, gate_columns, gate_type);
     if (l.projected) grad_projected[d] = allocate(count, z.outputs, scalar_type<T>);
-    const Tensor initial = hx.empty() ? Tensor() : hx[0].select(0, d);
-    if (a.wants_weight(l.w_hh(d))) {
-      if (table.ragged() || rows.reset != nullptr || rows.batch_stride != 1 || groups > 0) {
-        states[d].push_back({0, copy_previous(rows, offset, count, output, d, initial, z.outputs)});
-      } else {
-        const int64_t later = total - z.batch;  // rows but those of a direction's first step
-        const Tensor own = output.view({total, directions * z.outputs}).narrow(1, d * z.outputs, z.outputs);
-        // the output itself, a step further on: nothing is copied
-        states[d].push_back({d == 0 ? z.batch : 0, own.narrow(0, d == 0 ? 0 : z.batch, later)});
-        if (initial.defined()) states[d].push_back({d == 0 ? 0 : later, initial});
-      }
-    }
     BackwardParams<T>& p = params[d];
     p.reverse = d == 1;
     p.w_hh = stored<T>(weights[l.w_hh(d)]);
@@ -389,7 +387,6 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
       p.grad_cells = direction(data<T>(grads[3]), d, z.units);
       p.grad_cells_stride = directions * z.units;
     }
-    for (RowFactor& factor : states[d]) factor.x = factor.x.to(product);
     p.grad_offset = windows ? windows->offset() : offset;
     if (rounded) {
       p.rounded_gates = all_gates[d].mutable_data_ptr<at::BFloat16>();
@@ -409,14 +406,30 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   } else {
     products.longer_side_in_row = product == scalar_type<T>;
   }
-  LayerGradients gradients(a, products);
-  // data [rows, (G+S)*H], the gradients of the rows from `first` on
-  const auto add = [&](int d, int64_t first, const Tensor& data) {
+  LayerGradients gradients(a, total, products);
+  // the h that entered some steps
+  const auto states = [&](int d, const StepRange& range) -> std::vector<RowFactor> {
+    if (!a.wants_weight(l.w_hh(d))) return {};
+    const Tensor initial = hx.empty() ? Tensor() : hx[0].select(0, d);
+    if (table.ragged() || rows.reset != nullptr || rows.batch_stride != 1 || groups > 0) {
+      return {{range.first, copy_previous(rows, range, offset, output, d, initial, z.outputs).to(product)}};
+    }
+    // the output itself, a step further on: nothing is copied
+    const int64_t later = total - z.batch;  // rows but those of a direction's first step
+    const Tensor own = output.view({total, directions * z.outputs}).narrow(1, d * z.outputs, z.outputs);
+    std::vector<RowFactor> factors{{d == 0 ? z.batch : 0, own.narrow(0, d == 0 ? 0 : z.batch, later).to(product)}};
+    if (initial.defined()) factors.push_back({d == 0 ? 0 : later, initial.to(product)});
+    return factors;
+  };
+  // data: [range.rows, (G+S)*H]
+  const auto add = [&](int d, const StepRange& range, const Tensor& data) {
     const Tensor gates = data.to(product);
-    GateGradients of{first, gates.narrow(1, 0, cell.gates * z.units), {gates.narrow(1, 0, together)}};
+    GateGradients of{range.first, gates.narrow(1, 0, cell.gates * z.units), {gates.narrow(1, 0, together)}, {}, {}};
     // the separate gates have their recurrent parts behind those of all gates
     if (cell.separate > 0) of.recurrent.push_back(gates.narrow(1, cell.gates * z.units, cell.separate * z.units));
-    gradients.add(d, of, states[d]);
+    if (a.wants_weight(l.w_ih(d))) of.x = select(x, range);
+    if (dense) of.places = places(range);
+    gradients.add(d, of, states(d, range));
   };
   const auto& kernels = cpu_kernels().get<T>(kind);
   if (windows) {
@@ -424,19 +437,19 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
     one.directions = 1;
     const at::DataPtr scratch = temporary(kernels.backward_scratch(one));
     for (int d = 0; d < l.directions; ++d) {
-      windows->each(one, d == 1, all_gates[d], [&](const Scan& window, int64_t first, const Tensor& gates) {
+      windows->each(one, d == 1, all_gates[d], [&](const Scan& window, const StepRange& range, const Tensor& gates) {
         kernels.backward(window, &params[d], scratch.get());
-        add(d, first, gates);
+        add(d, range, gates);
       });
     }
   } else {
     kernels.backward(scan, params, temporary(kernels.backward_scratch(scan)).get());
     for (int d = 0; d < l.directions; ++d) {
-      add(d, 0, all_gates[d]);
+      add(d, all, all_gates[d]);
       if (l.projected) {
         const Tensor saved = reserve.select(0, d).view({total, reserve_columns});
         gradients.add_projection(d, grad_projected[d].to(product),
-                                 select(saved.narrow(1, cell.saved * z.units, z.units)));
+                                 select(saved.narrow(1, cell.saved * z.units, z.units), all));
       }
     }
   }
@@ -449,10 +462,7 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   Tensors result = gradients.finish(grad_first.defined() ? grad_first.to(product) : grad_first, carry, empty_rows);
   if (scan.plan.parts > 1 && std::any_of(result.begin(), result.end(), has_nan)) return {};
   if (a.wants_input()) {
-    if (dense) {
-      result[0] = at::empty({total, z.inputs}, result[0].options()).index_copy_(0, *valid, result[0]);
-      clear_padding(table, result[0]);
-    }
+    if (dense) clear_padding(table, result[0]);
     result[0] = result[0].view(input.sizes());
   }
   return result;

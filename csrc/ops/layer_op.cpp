@@ -78,13 +78,13 @@ bool BackwardArguments::wants_recurrent(int d) const {
   return wants_weight(layout.w_hh(d)) || (layout.biases && wants_weight(layout.b_hh(d)));
 }
 
-LayerGradients::LayerGradients(const BackwardArguments& arguments, Products products)
-    : a_(arguments), products_(std::move(products)), result_(1 + a_.hx.size() + a_.weights.size()) {}
+LayerGradients::LayerGradients(const BackwardArguments& arguments, int64_t rows, Products products)
+    : a_(arguments), rows_(rows), products_(std::move(products)), result_(1 + a_.hx.size() + a_.weights.size()) {}
 
 void LayerGradients::add(int d, const GateGradients& gates, const std::vector<RowFactor>& states) {
   const Layout& l = a_.layout;
   if (a_.wants_input()) add_input(d, gates);
-  if (a_.wants_weight(l.w_ih(d))) add_outer(weight(l.w_ih(d)), gates.first, {gates.input}, {{0, a_.input}});
+  if (a_.wants_weight(l.w_ih(d))) add_outer(weight(l.w_ih(d)), gates.first, {gates.input}, {{gates.first, gates.x}});
   if (a_.wants_weight(l.w_hh(d))) add_outer(weight(l.w_hh(d)), gates.first, gates.recurrent, states);
   if (!l.biases) return;
   if (a_.wants_weight(l.b_ih(d))) add_sum(weight(l.b_ih(d)), {gates.input});
@@ -133,7 +133,13 @@ void LayerGradients::add_input(int d, const GateGradients& gates) {
   const Tensor& w = a_.weights[a_.layout.w_ih(d)];
   const int64_t rows = grad.size(0), columns = w.size(0), inputs = w.size(1), parts = traits(a_.kind).gates;
   const bool begun = d > 0;  // each row once by each direction
-  if (!result_[0].defined()) result_[0] = at::empty({a_.input.size(0), inputs}, grad.options());
+  if (!result_[0].defined()) result_[0] = at::empty({rows_, inputs}, grad.options());
+  if (gates.places.defined()) {
+    Tensor sum = begun ? result_[0].index_select(0, gates.places) : at::empty({rows, inputs}, grad.options());
+    products_.add(sum, begun, grad, w);
+    result_[0].index_copy_(0, gates.places, sum);
+    return;
+  }
   Tensor sum = rows_of(result_[0], gates.first, rows);
   if (products_.short_sums && parts > 1 && columns >= kMany) {
     const int64_t units = columns / parts;
@@ -179,7 +185,7 @@ void LayerGradients::add_outer(Tensor& sum, int64_t first, const std::vector<Ten
 Tensor LayerGradients::allocate_sum(int64_t rows, int64_t columns, const at::TensorOptions& options) const {
   // below, what is gained is less than what it costs to lay the result out as its weight
   constexpr int64_t kLong = 1000, kNarrow = 256;
-  const bool turned = products_.longer_side_in_row && a_.input.size(0) >= kLong && columns <= kNarrow && columns < rows;
+  const bool turned = products_.longer_side_in_row && rows_ >= kLong && columns <= kNarrow && columns < rows;
   return turned ? at::empty({columns, rows}, options).t() : at::empty({rows, columns}, options);
 }
 

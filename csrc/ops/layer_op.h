@@ -65,13 +65,12 @@ struct Products {
   std::function<void(Tensor& sum, bool begun, const Tensor& a, const Tensor& b)> add = add_product;
 };
 
-// The arguments of a backward op, as plain tensors on one device; input and weights are of the type of the products.
+// The arguments of a backward op, as plain tensors on one device; weights are of the type of the products.
 struct BackwardArguments {
   CellKind kind;
   const Layout& layout;
   const Sizes& sizes;
   Tensors grads;  // of output (in any type), h_n, c_n, c of every step; undefined or contiguous
-  Tensor input;  // [rows, I] without anything in rows that are not valid
   const Tensors& hx;
   const Tensors& weights;
   bool batch_first;
@@ -90,6 +89,8 @@ struct GateGradients {
   int64_t first = 0;  // which of all rows is the first of these
   Tensor input;  // [rows, G*H] of the input projection
   std::vector<Tensor> recurrent;  // of the recurrent projection, in parts whose columns make up G*H; each [rows, *]
+  Tensor x;  // [rows, I] the input of these rows
+  Tensor places;  // int64 [rows] which rows of the input they are, or undefined: those from `first` on
 };
 
 // What gate gradients are multiplied with: x [some rows, *], and which of all rows goes with the first of these.
@@ -101,14 +102,16 @@ struct RowFactor {
 // Adds up every gradient that the mask wants from what a scan leaves: the GEMMs of a layer.
 class LayerGradients {
  public:
-  LayerGradients(const BackwardArguments& arguments, Products products);
+  // `rows`: of the input.
+  LayerGradients(const BackwardArguments& arguments, int64_t rows, Products products);
 
   // What some rows of a direction add, each row once, and the first direction's before the second's. Groups take all
   // rows at once. `states`: the h that entered the steps, zeros in rows that are in none of them.
   void add(int direction, const GateGradients& gates, const std::vector<RowFactor>& states);
   // A projected layer: grad_projected [rows, P], activation [rows, H].
   void add_projection(int direction, const Tensor& grad_projected, const Tensor& activation);
-  // In the order of input, hx, weights; that of the input as [rows, I]. grad_first: [D, N, G*H] recurrent gate gradients
+  // In the order of input, hx, weights; that of the input as [rows, I], with anything in rows that were never added.
+  // grad_first: [D, N, G*H] recurrent gate gradients
   // of each row's first step, undefined if no state wants them. carry: [D, N, H] dc_0, or what flows to h_0 element by
   // element. empty_rows: bool [N, 1], which rows have no step at all, undefined if none; their initial state is their
   // final one.
@@ -127,6 +130,7 @@ class LayerGradients {
   Tensor grouped(const Tensor& rows) const;
 
   const BackwardArguments& a_;
+  const int64_t rows_;
   const Products products_;
   Tensors result_;
 };

@@ -243,8 +243,8 @@ Tensors stepwise_layer_backward(CellKind kind, const Gpu& gpu, const OptionalTen
   const int64_t total = steps.total(), gate_width = cell.gates * z.units, reserve_columns = reserve.size(-1);
   const auto options = input.options(), sums = options.dtype(accumulate_type(input));
 
-  BackwardArguments a{kind, l,       z,           {},   steps.without_padding(input.reshape({total, z.inputs})),
-                      hx,   weights, batch_first, mask, groups};
+  const Tensor x = steps.without_padding(input.reshape({total, z.inputs}));
+  BackwardArguments a{kind, l, z, {}, hx, weights, batch_first, mask, groups};
   for (size_t i = 0; i < grad_outputs.size(); ++i) {
     const Tensor g = or_undefined(grad_outputs.get(i));
     a.grads.push_back(g.defined() ? g.to(options.dtype()).contiguous() : g);
@@ -315,12 +315,12 @@ Tensors stepwise_layer_backward(CellKind kind, const Gpu& gpu, const OptionalTen
   }
 
   const bool short_sums = options.dtype() == at::kFloat;  // cuBLAS's; torch's LSTM adds up by steps
-  LayerGradients gradients(a, {.short_sums = short_sums});
+  LayerGradients gradients(a, total, {.short_sums = short_sums});
   for (int d = 0; d < l.directions; ++d) {
     std::vector<RowFactor> states;
     if (previous.defined()) states.push_back({0, previous[d]});
     const Tensor& recurrent = grad_recurrent.defined() ? grad_recurrent : grad_gates;
-    gradients.add(d, {0, grad_gates[d], {recurrent[d]}}, states);
+    gradients.add(d, {0, grad_gates[d], {recurrent[d]}, x, {}}, states);
     if (l.projected) {
       const Tensor saved = reserve.select(0, d).view({total, reserve_columns});
       gradients.add_projection(d, grad_projected[d],
