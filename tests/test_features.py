@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import data, module, mostly_slow, outputs_and_gradients, parametrize, small, tensors, threads
+from cases import Case, data, module, mostly_slow, outputs_and_gradients, parametrize, small, tensors, threads
 from tolerance import check, worst
 
 import fastrnn
@@ -20,7 +20,6 @@ FLAGS = [
 SIZES = [{"steps": 17, "batch": 17, "inputs": 3, "hidden": 17}, {"steps": 3, "batch": 3, "inputs": 17, "hidden": 129}]
 TABLE = [case for flags in FLAGS for size in SIZES for case in small(**flags, **size)]
 OPTIONS = ("lengths", "reset", "both")
-WINDOWS = (("lstm", "batch_first"), ("gru", "time_major"))
 
 
 def options(case, which):
@@ -119,7 +118,13 @@ def test_against_segments_apart_16_bit(case, which, backend):
 
 
 @pytest.mark.parametrize("which", OPTIONS)
-@parametrize([Case(kind, layout, bidirectional=True, steps=65, batch=65, hidden=65) for kind, layout in WINDOWS])
+@parametrize(
+    [
+        Case("lstm", "batch_first", bidirectional=True, steps=65, batch=65, hidden=65),
+        pytest.param(Case("gru", bidirectional=True, steps=65, batch=65, hidden=65), marks=pytest.mark.slow),
+        Case("rnn_tanh", steps=129, batch=65, hidden=129),
+    ]
+)
 def test_segments_apart_in_windows(case, which, native):
     """On one thread, rows enough for the gate gradients to be multiplied some steps at a time."""
     compare_apart(case, which, "one thread")

@@ -63,7 +63,7 @@ WINDOWS = [case for case in small(steps=129, batch=129, inputs=17, hidden=65) if
 ]
 
 
-@pytest.mark.parametrize("threads", ["one thread", "native"])  # compare() has two on the latter
+@pytest.mark.parametrize("threads", ["one thread", pytest.param("native", marks=pytest.mark.slow)])  # compare(): 1, 2
 @parametrize(WINDOWS)
 def test_windows_of_steps(case, threads, native):
     compare(case, threads)
