@@ -102,6 +102,27 @@ def test_two_parts_by_leave(products, native):
     assert done.returncode == 0, done.stderr
 
 
+def test_memory_of_padding(products, native):
+    """What lay where the gradients of padding go is neither in them nor taken for a NaN of the parts."""
+    code = """
+        import torch, fastrnn
+        torch.backends.mkldnn.rnn.fp32_precision = "tf32"
+        net, input = fastrnn.LSTM(97, 129), torch.randn(9, 37, 97, requires_grad=True)
+        lengths = torch.arange(37) % 9 + 1
+        assert fastrnn.explain(net, input).count("bf16x2") == 2
+        for _ in range(3):
+            grads = torch.autograd.grad(net(input, lengths=lengths)[0].square().sum(), [input, *net.parameters()])
+            assert (grads[0][torch.arange(9)[:, None] >= lengths] == 0).all()
+            first = globals().setdefault("first", [grad.clone() for grad in grads])
+            assert all(torch.equal(one, other) for one, other in zip(grads, first, strict=True))
+            del grads
+            for _ in range(9):
+                torch.full_like(input, torch.nan)
+    """
+    done = python(code, FASTRNN_BACKEND="native", FASTRNN_CPU_BF16=products)
+    assert done.returncode == 0, done.stderr
+
+
 def test_precision_where_there_is_no_unit(native):
     code = """
         import torch, fastrnn

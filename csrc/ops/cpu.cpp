@@ -414,10 +414,12 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
     if (table.ragged() || rows.reset != nullptr || rows.batch_stride != 1 || groups > 0) {
       return {{range.first, copy_previous(rows, range, offset, output, d, initial, z.outputs).to(product)}};
     }
-    // the output itself, a step further on: nothing is copied
-    const int64_t later = total - z.batch;  // rows but those of a direction's first step
+    // the output itself, a step further on, but for a direction's first step: nothing is copied
+    const int64_t later = total - z.batch, before = d == 0 ? z.batch : 0, after = z.batch - before;
+    const int64_t begin = std::clamp(range.first, before, before + later);
+    const int64_t end = std::clamp(range.first + range.rows, begin, before + later);
     const Tensor own = output.view({total, directions * z.outputs}).narrow(1, d * z.outputs, z.outputs);
-    std::vector<RowFactor> factors{{d == 0 ? z.batch : 0, own.narrow(0, d == 0 ? 0 : z.batch, later).to(product)}};
+    std::vector<RowFactor> factors{{begin, own.narrow(0, begin - before + after, end - begin).to(product)}};
     if (initial.defined()) factors.push_back({d == 0 ? 0 : later, initial.to(product)});
     return factors;
   };
@@ -428,7 +430,7 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
     // the separate gates have their recurrent parts behind those of all gates
     if (cell.separate > 0) of.recurrent.push_back(gates.narrow(1, cell.gates * z.units, cell.separate * z.units));
     if (a.wants_weight(l.w_ih(d))) of.x = select(x, range);
-    if (dense) of.places = places(range);
+    if (dense && a.wants_input()) of.places = places(range);
     gradients.add(d, of, states(d, range));
   };
   const auto& kernels = cpu_kernels().get<T>(kind);
@@ -460,11 +462,9 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
     for (int64_t n = 0; n < z.batch; ++n) empty_rows.mutable_data_ptr<bool>()[n] = rows.length[n] == 0;
   }
   Tensors result = gradients.finish(grad_first.defined() ? grad_first.to(product) : grad_first, carry, empty_rows);
+  if (dense) clear_padding(table, result[0]);
   if (scan.plan.parts > 1 && std::any_of(result.begin(), result.end(), has_nan)) return {};
-  if (a.wants_input()) {
-    if (dense) clear_padding(table, result[0]);
-    result[0] = result[0].view(input.sizes());
-  }
+  if (a.wants_input()) result[0] = result[0].view(input.sizes());
   return result;
 }
 
