@@ -17,6 +17,7 @@
 #include "ops/cpu_plan.h"
 #include "ops/layer_op.h"
 #include "ops/rows.h"
+#include "ops/windows.h"
 
 namespace fastrnn {
 namespace {
@@ -222,14 +223,8 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList 
   return result.with_reserve(need_reserve ? gates : at::empty({0}, options));
 }
 
-// Steps of a layer, and the rows that their gate gradients lie in.
-struct StepRange {
-  int64_t begin, end;  // steps
-  int64_t first, rows;  // the first row, and how many there are
-};
-
-// The h that entered each of some steps, as a copy: [range.rows, outputs], zeros where none did. Row i of a step's order
-// goes to row offset[t] + i, or without offsets to where its output is, less range.first.
+// The h that entered each of some steps, as a copy: [range.rows, outputs], zeros where none did. Row i of a step's
+// order goes to row offset[t] + i, or without offsets to where its output is, less range.first.
 Tensor copy_previous(const Rows& rows, const StepRange& range, const int64_t* offset, const Tensor& output, int d,
                      const Tensor& h0, int64_t width) {
   Tensor previous = at::zeros({range.rows, width}, output.options());
@@ -254,47 +249,6 @@ Tensor copy_previous(const Rows& rows, const StepRange& range, const int64_t* of
   return previous;
 }
 
-// The steps of a backward scan in windows: what a window leaves is multiplied while it is in cache, and its memory is the
-// next one's. Their buffer begins with the rows of the step visited before, whose gradients flow into the window.
-class Windows {
- public:
-  // visited: [T+1] the rows before each step, and all. window: steps.
-  Windows(const Rows& rows, const std::vector<int64_t>& visited, int64_t window)
-      : rows_(rows), visited_(visited), window_(window), offset_(rows.steps) {}
-
-  int64_t rows() const {  // of the buffer
-    int64_t most = 0;
-    for (int64_t t = 0; t < rows_.steps; ++t) {
-      most = std::max(most, visited_[std::min(t + window_, rows_.steps)] - visited_[t]);
-    }
-    return rows_.batch + most;
-  }
-  const int64_t* offset() const { return offset_.data(); }  // [T] where a step's rows begin, as far as it is there
-
-  // f(the scan of a window, its steps, its rows of the buffer) in the order of visits.
-  template <class F>
-  void each(Scan scan, bool reverse, const Tensor& buffer, const F& f) {
-    for (int64_t visit = 0; visit < rows_.steps; visit += window_) {
-      scan.first_visit = visit;
-      scan.end_visit = std::min(visit + window_, rows_.steps);
-      const int64_t begin = reverse ? visit : rows_.steps - scan.end_visit;
-      const int64_t end = reverse ? scan.end_visit : rows_.steps - visit;
-      for (int64_t t = begin; t < end; ++t) offset_[t] = rows_.batch + visited_[t] - visited_[begin];
-      const StepRange range{begin, end, visited_[begin], visited_[end] - visited_[begin]};
-      f(scan, range, buffer.narrow(0, rows_.batch, range.rows));
-      const int64_t last = reverse ? end - 1 : begin, count = rows_.active[last];
-      buffer.narrow(0, 0, count).copy_(buffer.narrow(0, offset_[last], count));
-      offset_[last] = 0;
-    }
-  }
-
- private:
-  const Rows& rows_;
-  const std::vector<int64_t>& visited_;
-  const int64_t window_;
-  std::vector<int64_t> offset_;
-};
-
 template <class T>
 Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_outputs, const Tensor& input,
                  const Tensors& hx, const Tensors& weights, const RowTable& table, const Tensor& output,
@@ -317,13 +271,13 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   // row after row as the scan visits them. Groups need all rows where they were, and zeros in those.
   const std::optional<Tensor> valid = table.valid_rows();
   const bool dense = valid && groups == 0;
-  const std::vector<int64_t> visited = table.visited_before();
+  const std::vector<int64_t> visited = dense || scan.plan.window > 0 ? table.visited_before() : std::vector<int64_t>();
   const int64_t* offset = dense ? visited.data() : nullptr;  // [T] the row of a step's first gradient
   const int64_t count = dense ? valid->numel() : total;
   const StepRange all{0, z.steps, 0, count};
   const auto places = [&](const StepRange& range) { return valid->narrow(0, range.first, range.rows); };
   const auto select = [&](const Tensor& data, const StepRange& range) {  // [total, columns] -> [range.rows, columns]
-    if (!valid) return (range.rows == total ? data : data.narrow(0, range.first, range.rows)).to(product);
+    if (!valid) return rows_of(data, range.first, range.rows).to(product);
     if (dense) return data.index_select(0, places(range)).to(product);
     const Tensor kept = data.index_select(0, *valid).to(product);
     return at::zeros(data.sizes(), kept.options()).index_copy_(0, *valid, kept);

@@ -14,17 +14,16 @@
 namespace fastrnn {
 namespace {
 
-// Some rows of t; a view of all is t itself, without a call of an op.
-Tensor rows_of(const Tensor& t, int64_t first, int64_t count) {
-  return count == t.size(0) ? t : t.narrow(0, first, count);
-}
-
 Tensor allocate(std::vector<int64_t> rows, int64_t last, const at::TensorOptions& options) {
   rows.push_back(last);
   return at::empty(rows, options);
 }
 
 }  // namespace
+
+Tensor rows_of(const Tensor& t, int64_t first, int64_t count) {
+  return count == t.size(0) ? t : t.narrow(0, first, count);
+}
 
 void add_product(Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
   if (begun) {
@@ -125,8 +124,8 @@ bool LayerGradients::same_bias(int d) const {
   return traits(a_.kind).separate == 0 && a_.wants_weight(l.b_ih(d)) && a_.wants_weight(l.b_hh(d));
 }
 
-// grad w of all gates, with grad [rows, G H] and w [G H, I]. Short sums, where they are wanted at all and the columns are
-// many, are those of a gate.
+// grad w of all gates, with grad [rows, G H] and w [G H, I]. Short sums, where they are wanted at all and the columns
+// are many, are those of a gate.
 void LayerGradients::add_input(int d, const GateGradients& gates) {
   constexpr int64_t kMany = 2048;
   const Tensor& grad = gates.input;
@@ -134,19 +133,17 @@ void LayerGradients::add_input(int d, const GateGradients& gates) {
   const int64_t rows = grad.size(0), columns = w.size(0), inputs = w.size(1), parts = traits(a_.kind).gates;
   const bool begun = d > 0;  // each row once by each direction
   if (!result_[0].defined()) result_[0] = at::empty({rows_, inputs}, grad.options());
-  if (gates.places.defined()) {
-    Tensor sum = begun ? result_[0].index_select(0, gates.places) : at::empty({rows, inputs}, grad.options());
-    products_.add(sum, begun, grad, w);
-    result_[0].index_copy_(0, gates.places, sum);
-    return;
-  }
-  Tensor sum = rows_of(result_[0], gates.first, rows);
+  const bool scattered = gates.places.defined();
+  Tensor sum = !scattered ? rows_of(result_[0], gates.first, rows)
+               : begun    ? result_[0].index_select(0, gates.places)
+                          : at::empty({rows, inputs}, grad.options());
   if (products_.short_sums && parts > 1 && columns >= kMany) {
     const int64_t units = columns / parts;
     add_parts(sum, begun, grad.view({rows, parts, units}).transpose(0, 1), w.view({parts, units, inputs}));
   } else {
     products_.add(sum, begun, grad, w);
   }
+  if (scattered) result_[0].index_copy_(0, gates.places, sum);
 }
 
 // sum += the sum over the factors of grad^T x: parts of [rows, A] in all, of the gradient's rows from `first` on, and
@@ -206,9 +203,9 @@ void LayerGradients::add_term(Tensor& slice, bool begun, const Tensor& grad, con
   }
 }
 
-// Products of sums that were cut into short ones: sum (+)= the sum over i of a[i] b[i], a [parts, A, K] and b [parts, K,
-// B]. A sum of some terms by one product of all, if that is not much memory: several products one after another would
-// cost a small layer more in launches.
+// Products of sums that were cut into short ones: sum (+)= the sum over i of a[i] b[i], a [parts, A, K] and b
+// [parts, K, B]. A sum of some terms by one product of all, if that is not much memory: several products one after
+// another would cost a small layer more in launches.
 void LayerGradients::add_parts(Tensor& sum, bool begun, const Tensor& a, const Tensor& b) const {
   constexpr int64_t kMostAtOnce = int64_t{1} << 22;  // elements
   if (a.size(0) * sum.numel() <= kMostAtOnce) {

@@ -52,6 +52,9 @@ struct LayerResult {
   Tensors with_reserve(const Tensor& reserve) const;
 };
 
+// Some rows of t; all of them are t itself, without a call of an op.
+Tensor rows_of(const Tensor& t, int64_t first, int64_t count);
+
 // sum (+)= a b; it has numbers if `begun`.
 void add_product(Tensor& sum, bool begun, const Tensor& a, const Tensor& b);
 
@@ -111,10 +114,9 @@ class LayerGradients {
   // A projected layer: grad_projected [rows, P], activation [rows, H].
   void add_projection(int direction, const Tensor& grad_projected, const Tensor& activation);
   // In the order of input, hx, weights; that of the input as [rows, I], with anything in rows that were never added.
-  // grad_first: [D, N, G*H] recurrent gate gradients
-  // of each row's first step, undefined if no state wants them. carry: [D, N, H] dc_0, or what flows to h_0 element by
-  // element. empty_rows: bool [N, 1], which rows have no step at all, undefined if none; their initial state is their
-  // final one.
+  // grad_first: [D, N, G*H] recurrent gate gradients of each row's first step, undefined if no state wants them. carry:
+  // [D, N, H] dc_0, or what flows to h_0 element by element. empty_rows: bool [N, 1], which rows have no step at all,
+  // undefined if none; their initial state is their final one.
   Tensors finish(const Tensor& grad_first, const Tensor& carry, const Tensor& empty_rows);
 
  private:
