@@ -26,6 +26,7 @@ CPU_VARIABLES = {
     "FASTRNN_CPU_CAPABILITY": ("avx512", "avx2", "default"),
     "FASTRNN_CPU_BF16": ("auto", "off", "emulate"),
     "FASTRNN_CPU_FLOAT32": ("fma", "bf16x3"),
+    "FASTRNN_CPU_GEMM": ("auto", "own", "library"),
 }
 
 native: ModuleType | None = None  # fastrnn._C, once loaded

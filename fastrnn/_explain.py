@@ -35,8 +35,9 @@ def build_info() -> dict[str, Any]:
         its version, the torch and compiler that it was built with, whether it has CUDA, the CPU capabilities built in,
         ``cpu_capability``, the one in use, ``cpu_bf16``, how bfloat16 is multiplied: "native", by instructions of the
         machine; "none", in float32; or "emulated" (``FASTRNN_CPU_BF16=emulate``); ``cpu_parts``, the same of float32 in
-        parts of bfloat16, "native" with AMX; and ``cpu_float32``, "bf16x3" if float32 is to be multiplied so
-        (``FASTRNN_CPU_FLOAT32``), else "fma".
+        parts of bfloat16, "native" with AMX; ``cpu_float32``, "bf16x3" if float32 is to be multiplied so
+        (``FASTRNN_CPU_FLOAT32``), else "fma"; and ``cpu_gemm``, who multiplies large matrices: "own", the kernels
+        themselves, or "library", torch's (``FASTRNN_CPU_GEMM``).
     """
     info: dict[str, Any] = {
         "backend": "python" if _backend.layer_ops is None else "native",
@@ -48,6 +49,7 @@ def build_info() -> dict[str, Any]:
         info["cpu_bf16"] = _backend.native.cpu_bf16()
         info["cpu_float32"] = _backend.native.cpu_float32()
         info["cpu_parts"] = _backend.native.cpu_parts()
+        info["cpu_gemm"] = _backend.native.cpu_gemm()
     return info
 
 

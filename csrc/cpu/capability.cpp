@@ -21,6 +21,14 @@ CpuCapability choose() {
   return CpuCapability::kDefault;
 }
 
+bool choose_gemm() {
+  const std::string wanted = setting("FASTRNN_CPU_GEMM", {"auto", "own", "library"});
+#ifdef FASTRNN_X86
+  if (wanted == "auto") return cpu_capability() == CpuCapability::kAvx512 && !__builtin_cpu_is("intel");
+#endif
+  return wanted == "own";
+}
+
 }  // namespace
 
 std::string setting(const char* variable, std::initializer_list<const char*> values) {
@@ -38,6 +46,11 @@ std::string setting(const char* variable, std::initializer_list<const char*> val
 CpuCapability cpu_capability() {
   static const CpuCapability capability = choose();
   return capability;
+}
+
+bool own_gemm() {
+  static const bool own = choose_gemm();
+  return own;
 }
 
 #ifdef FASTRNN_X86

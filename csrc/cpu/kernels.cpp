@@ -1,7 +1,7 @@
 // The instantiations of every cell, compiled once per ISA (see CMakeLists.txt).
 #include "cpu/kernels.h"
 
-#include "cpu/parts_gemm.h"
+#include "cpu/gemm.h"
 #include "cpu/scan_backward.h"
 #include "cpu/scan_forward.h"
 
@@ -16,7 +16,12 @@ constexpr ScanKernels<T> scan_kernels() {
 
 template <class... Cells>
 constexpr CpuKernels cpu_kernels_of(const char* name, CellList<Cells...>) {
-  return {name, {scan_kernels<Cells, float>()...}, {scan_kernels<Cells, double>()...}, &PartsGemm::run};
+  return {name,
+          {scan_kernels<Cells, float>()...},
+          {scan_kernels<Cells, double>()...},
+          &multiply_large<float>,
+          &multiply_large<double>,
+          &multiply_in_parts};
 }
 
 }  // namespace CPU_CAPABILITY

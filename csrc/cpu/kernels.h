@@ -23,15 +23,22 @@ struct Scan {
   const Bf16Products* bf16 = nullptr;  // what a plan with parts multiplies with
 };
 
-// A product c [m, n] = a b of matrices of float32.
+// A product c [m, n] = a b of matrices.
 struct GemmSizes {
   int64_t m, n, k;
 };
-// Element (i, j) is data[i * row + j * column].
+// Element (i, j) is data[i * row + j * column]; one of the two is one.
+template <class T>
 struct Factor {
-  const float* data;
+  const T* data;
   int64_t row, column;
+
+  FASTRNN_INLINE Factor from(int64_t i, int64_t j) const { return {data + i * row + j * column, row, column}; }
 };
+// c [m, ldc] = or += a b on so many threads.
+template <class T>
+using Multiply = void (*)(const GemmSizes&, const Factor<T>& a, const Factor<T>& b, T* c, int64_t ldc, bool add,
+                          int threads);
 
 template <class T>
 struct ScanKernels {
@@ -45,9 +52,11 @@ struct CpuKernels {
   const char* name;
   ScanKernels<float> f32[kCellKinds];
   ScanKernels<double> f64[kCellKinds];
-  // c = or += a b in two or three parts of bfloat16 on so many threads, with c [m, ldc] and one stride of each factor one.
-  void (*multiply_in_parts)(const Bf16Products&, int parts, const GemmSizes&, const Factor& a, const Factor& b,
-                            float* c, int64_t ldc, bool add, int threads);
+  Multiply<float> multiply_f32;
+  Multiply<double> multiply_f64;
+  // The same of float32 in two or three parts of bfloat16.
+  void (*multiply_in_parts)(const Bf16Products&, int parts, const GemmSizes&, const Factor<float>& a,
+                            const Factor<float>& b, float* c, int64_t ldc, bool add, int threads);
 
   template <class T>
   const ScanKernels<T>& get(CellKind kind) const {
@@ -55,6 +64,14 @@ struct CpuKernels {
       return f32[static_cast<int>(kind)];
     } else {
       return f64[static_cast<int>(kind)];
+    }
+  }
+  template <class T>
+  Multiply<T> multiply() const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      return multiply_f32;
+    } else {
+      return multiply_f64;
     }
   }
 };

@@ -7,6 +7,7 @@
 
 #include "core/plan_cuda.h"
 #include "core/tuned_cuda.h"
+#include "cpu/capability.h"
 #include "cpu/kernels.h"
 #include "ops/call.h"
 #include "ops/cpu_plan.h"
@@ -152,6 +153,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cpu_capability", [] { return cpu_kernels().name; });
   m.def("cpu_bf16", [] { return cpu_machine(1).bf16 ? bf16_products().name : "none"; });
   m.def("cpu_float32", [] { return exact_parts() == 0 ? "fma" : "bf16x3"; });
+  m.def("cpu_gemm", [] { return own_gemm() ? "own" : "library"; });
   m.def("cpu_parts", [] { return cpu_machine(1).parts ? bf16_products().name : "none"; });
   m.def("plan", &plan, py::arg("cell"), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("directions") = 1, py::arg("dtype") = "float32",

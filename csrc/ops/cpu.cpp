@@ -1,6 +1,5 @@
 // The ops on the CPU: tensors to params, and the GEMMs around the scan.
 #include <ATen/Parallel.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/CPUAllocator.h>
@@ -13,6 +12,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "cpu/capability.h"
 #include "cpu/kernels.h"
 #include "ops/cpu_plan.h"
 #include "ops/layer_op.h"
@@ -84,22 +84,33 @@ constexpr auto scalar_type = c10::CppTypeToScalarType<T>::value;
 Tensor to_type(const Tensor& t, at::ScalarType type) { return t.scalar_type() == type ? t : t.to(type); }
 
 // Where a product in parts is faster than one in float32: a side is packed as it is read, and used for all of the other.
-bool worth_parts(int64_t m, int64_t n, int64_t k) {
+bool worth_parts(const GemmSizes& z) {
   constexpr int64_t kLeast = 96, kDepth = 32, kWork = 1 << 21;
-  return m >= kLeast && n >= kLeast && k >= kDepth && m * n * k >= kWork;
+  return z.m >= kLeast && z.n >= kLeast && z.k >= kDepth && z.m * z.n * z.k >= kWork;
 }
 
-// sum (+)= a b, in so many parts of bfloat16.
-void add_product_in_parts(int parts, Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
+// sum (+)= a b, of T: in so many parts of bfloat16, by the kernels' own product, or by the library's.
+template <class T>
+void multiply(int parts, Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
   const GemmSizes sizes{a.size(0), b.size(1), a.size(1)};
   const auto lies_well = [](const Tensor& t) { return t.stride(0) == 1 || t.stride(1) == 1; };
-  if (!worth_parts(sizes.m, sizes.n, sizes.k) || !lies_well(a) || !lies_well(b) || sum.stride(1) != 1) {
+  const auto factor = [](const Tensor& t) { return Factor<T>{t.const_data_ptr<T>(), t.stride(0), t.stride(1)}; };
+  const bool in_parts = parts > 1 && worth_parts(sizes);
+  const bool own = own_gemm() && sizes.m > 1 && sizes.n > 1;  // for a vector nothing is used twice
+  if (!lies_well(a) || !lies_well(b) || sum.stride(1) != 1 || !(in_parts || own)) {
     add_product(sum, begun, a, b);
     return;
   }
-  const auto factor = [](const Tensor& t) { return Factor{t.const_data_ptr<float>(), t.stride(0), t.stride(1)}; };
-  cpu_kernels().multiply_in_parts(bf16_products(), parts, sizes, factor(a), factor(b), sum.mutable_data_ptr<float>(),
-                                  sum.stride(0), begun, threads());
+  const auto& kernels = cpu_kernels();
+  T* const c = sum.mutable_data_ptr<T>();
+  if constexpr (std::is_same_v<T, float>) {
+    if (in_parts) {
+      kernels.multiply_in_parts(bf16_products(), parts, sizes, factor(a), factor(b), c, sum.stride(0), begun,
+                                threads());
+      return;
+    }
+  }
+  kernels.multiply<T>()(sizes, factor(a), factor(b), c, sum.stride(0), begun, threads());
 }
 
 template <class T>
@@ -201,14 +212,10 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList 
       p.input = stored<T>(x);
     } else if (total > 0) {
       Tensor projection = gates.select(0, d).view({total, columns}).narrow(1, 0, cell.gates * z.units);
-      const Tensor w = as<T>(weights[l.w_ih(d)]).t();
-      if (scan.plan.parts > 1) {
-        add_product_in_parts(scan.plan.parts, projection, false, x, w);
-      } else {
-        at::mm_out(projection, x, w);
-      }
+      multiply<T>(scan.plan.parts, projection, false, x, as<T>(weights[l.w_ih(d)]).t());
       if (scan.plan.recurrent == Recurrent::kProduct && p.h0 != nullptr) {
-        initial[d] = at::mm(hx[0].select(0, d), as<T>(weights[l.w_hh(d)]).t());
+        initial[d] = at::empty({z.batch, cell.gates * z.units}, options);
+        multiply<T>(scan.plan.parts, initial[d], false, hx[0].select(0, d), as<T>(weights[l.w_hh(d)]).t());
         p.product = data<T>(initial[d]);
       }
     }
@@ -353,12 +360,11 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   }
 
   Products products;
-  if (scan.plan.parts > 1) {
+  if (product == scalar_type<T>) {
+    products.longer_side_in_row = scan.plan.parts <= 1 && !own_gemm();
     products.add = [parts = scan.plan.parts](Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
-      add_product_in_parts(parts, sum, begun, a, b);
+      multiply<T>(parts, sum, begun, a, b);
     };
-  } else {
-    products.longer_side_in_row = product == scalar_type<T>;
   }
   LayerGradients gradients(a, total, products);
   // the h that entered some steps

@@ -1,6 +1,6 @@
 // The cells and the scans of one ISA (compiled once for each): cells as scalars against SIMD and against differences of
 // their own forward; scans of cells with linear activations, where nothing saturates, against a plain loop and against
-// differences of their own forward; products in parts of bfloat16 against plain loops.
+// differences of their own forward; products of large matrices against plain loops.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -12,7 +12,7 @@
 #include "core/cells/lstm.h"
 #include "core/cells/rnn.h"
 #include "cpu/bf16.h"
-#include "cpu/parts_gemm.h"
+#include "cpu/gemm.h"
 #include "cpu/scan_backward.h"
 #include "cpu/scan_forward.h"
 
@@ -154,37 +154,61 @@ void test_parts() {
   }
 }
 
-// c = a b of all layouts, at sizes beyond a block and on neither side whole tiles; c and the factors have no byte to spare.
-void test_parts_gemm(int parts, const GemmSizes& sizes, bool add, int threads) {
+// multiply(sizes, a, b, c, ldc, add) of all layouts. c and the factors have no byte to spare, but that c's rows are a part of
+// longer ones, which stay as they were. Errors: of a product of numbers below one, or of sums, which add up as a walk does.
+template <class T, class Multiply>
+void test_gemm(const Multiply& multiply, double of_product, const GemmSizes& sizes, bool add) {
   Random random(4);
   const auto filled = [&](int64_t n) {
-    std::vector<float> v(n);
-    for (float& x : v) x = static_cast<float>(random());
+    std::vector<T> v(n);
+    for (T& x : v) x = static_cast<T>(random());
     return v;
   };
-  const std::vector<float> a = filled(sizes.m * sizes.k), b = filled(sizes.k * sizes.n);
-  const std::vector<float> before = filled(sizes.m * sizes.n);
+  const int64_t ldc = sizes.n + 3;
+  const std::vector<T> a = filled(sizes.m * sizes.k), b = filled(sizes.k * sizes.n);
+  const std::vector<T> before = filled((sizes.m - 1) * ldc + sizes.n);
   for (const bool a_transposed : {false, true}) {
     for (const bool b_transposed : {false, true}) {
-      const Factor of_a{a.data(), a_transposed ? 1 : sizes.k, a_transposed ? sizes.m : 1};
-      const Factor of_b{b.data(), b_transposed ? 1 : sizes.n, b_transposed ? sizes.k : 1};
-      std::vector<float> c = before;
-      PartsGemm::run(emulated_products(), parts, sizes, of_a, of_b, c.data(), sizes.n, add, threads);
+      const Factor<T> of_a{a.data(), a_transposed ? 1 : sizes.k, a_transposed ? sizes.m : 1};
+      const Factor<T> of_b{b.data(), b_transposed ? 1 : sizes.n, b_transposed ? sizes.k : 1};
+      std::vector<T> c = before;
+      multiply(sizes, of_a, of_b, c.data(), ldc, add);
       double worst = 0;
       for (int64_t i = 0; i < sizes.m; ++i) {
         for (int64_t j = 0; j < sizes.n; ++j) {
-          double sum = add ? before[i * sizes.n + j] : 0;
+          long double sum = add ? before[i * ldc + j] : 0;
           for (int64_t k = 0; k < sizes.k; ++k) {
-            sum += static_cast<double>(a[i * of_a.row + k * of_a.column]) * b[k * of_b.row + j * of_b.column];
+            sum += static_cast<long double>(*of_a.from(i, k).data) * *of_b.from(k, j).data;
           }
-          worst = std::max(worst, std::abs(sum - c[i * sizes.n + j]));
+          worst = std::max(worst, static_cast<double>(std::abs(sum - c[i * ldc + j])));
         }
+        for (int64_t j = sizes.n; i + 1 < sizes.m && j < ldc; ++j) CHECK(c[i * ldc + j] == before[i * ldc + j]);
       }
-      // errors of products of numbers below one, or of sums in float32, that add up as a walk does
-      const double of_product = parts == 2 ? 0x1p-15 : 0x1p-21;
       CHECK_CLOSE(worst, 0, of_product * std::sqrt(static_cast<double>(sizes.k)));
     }
   }
+}
+
+// At sizes beyond a block, and on neither side whole tiles.
+void test_part_products(int parts, const GemmSizes& sizes, bool add, int threads) {
+  const auto multiply = [&](const auto&... all) { multiply_in_parts(emulated_products(), parts, all..., threads); };
+  test_gemm<float>(multiply, parts == 2 ? 0x1p-15 : 0x1p-21, sizes, add);
+}
+
+template <class T>
+void test_tile_products() {
+  const auto test = [](const GemmSizes& sizes, bool add, int threads) {
+    const auto multiply = [&](const auto&... all) { multiply_large<T>(all..., threads); };
+    test_gemm<T>(multiply, 8 * std::numeric_limits<T>::epsilon(), sizes, add);
+  };
+  test({1, 1, 1}, false, 1);
+  test({3, 17, 0}, false, 1);  // zeros
+  test({3, 17, 0}, true, 1);  // nothing
+  test({129, 3, 17}, true, 3);
+  test({17, 129, 3}, false, 2);
+  test({50, 67, 385}, true, 1);
+  test({97, 349, 801}, false, 3);
+  test({64, 64, 64}, false, 2);
 }
 
 // One layer, one direction, on random data.
@@ -432,10 +456,12 @@ void FASTRNN_TEST() {
   test_activations<float>();
   test_activations<double>();
   test_parts();
-  test_parts_gemm(3, {33, 35, 37}, false, 1);
-  test_parts_gemm(2, {70, 545, 545}, true, 1);
-  test_parts_gemm(3, {129, 65, 33}, false, 2);
-  test_parts_gemm(2, {17, 97, 129}, true, 3);
+  test_part_products(3, {33, 35, 37}, false, 1);
+  test_part_products(2, {70, 545, 545}, true, 1);
+  test_part_products(3, {129, 65, 33}, false, 2);
+  test_part_products(2, {17, 97, 129}, true, 3);
+  test_tile_products<float>();
+  test_tile_products<double>();
   test_derivatives<RnnCell<Tanh>, RnnCell<Relu>, LstmCell<>, GruCell<>, LstmCell<Linear, Linear>,
                    GruCell<Linear, Linear>>();
   test_vectors<RnnCell<Tanh>, RnnCell<Relu>, LstmCell<>, GruCell<>>();

@@ -1,0 +1,277 @@
+// Products of large matrices, at the rate of the scan's own: what surrounds a scan, where the machine's library is slower.
+// Compiled once per ISA.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <memory>
+
+#include "cpu/bf16.h"
+#include "cpu/kernels.h"
+#include "cpu/parts.h"
+#include "cpu/tile.h"
+
+namespace fastrnn {
+inline namespace CPU_CAPABILITY {
+
+constexpr int64_t rounded_up(int64_t n, int64_t to) { return blocks(n, to) * to; }
+
+// Memory for packed factors, aligned for vectors.
+template <class U>
+class Packing {
+ public:
+  explicit Packing(int64_t count) : memory_(new U[count + kLine / sizeof(U)]) {
+    const auto at = reinterpret_cast<uintptr_t>(memory_.get());
+    data_ = memory_.get() + (kLine - at % kLine) / sizeof(U);
+  }
+  U* data() const { return data_; }
+
+ private:
+  static constexpr uintptr_t kLine = 64;
+  std::unique_ptr<U[]> memory_;
+  U* data_;
+};
+
+// to [lanes][to_stride] = the first rows and columns of a factor, of which `rows` and `columns` exist; zeros beyond. Of
+// one that lies transposed as well.
+template <class T>
+void pack_square(const Factor<T>& from, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
+  constexpr int kLanes = Vec<T>::size();
+  if (from.column == 1) {
+    for (int64_t r = 0; r < kLanes; ++r) {
+      (r < rows ? load(from.data + r * from.row, columns) : Vec<T>(0)).store(to + r * to_stride);
+    }
+  } else if (rows >= kLanes && columns >= kLanes) {
+    transpose_square(from.data, from.column, to, to_stride);
+  } else {
+    T part[kLanes * kLanes];
+    for (int64_t c = 0; c < kLanes; ++c) {
+      (c < columns ? load(from.data + c * from.column, rows) : Vec<T>(0)).store(part + c * kLanes);
+    }
+    transpose_square(part, kLanes, to, to_stride);
+  }
+}
+
+// Products by the tiles of the scans.
+template <class T>
+class TileProducts {
+ public:
+  using Number = T;
+  static constexpr int kVectors = 4, kTileRows = max_rows(kVectors);
+  static constexpr int kLanes = Vec<T>::size();
+  static constexpr int64_t kWidth = kVectors * kLanes;
+  static constexpr int64_t kRows =
+      48;  // of a panel of a: whole tiles, and whole squares of a factor that lies transposed
+  // of a block of b: half of an L2 of 1 MiB
+  static constexpr int64_t kDepth = 384, kColumns = (512 << 10) / kDepth / sizeof(T) / kWidth * kWidth;
+  static constexpr int64_t kShare = kWidth;  // columns, of a thread's part
+
+  TileProducts(int64_t depth, int64_t columns)
+      : panel_(kRows * kStride), block_(rounded_up(depth, kLanes) * rounded_up(columns, kLanes)) {}
+
+  void pack_panel(const Factor<T>& a, int64_t rows, int64_t depth) {
+    if (a.column == 1) {
+      a_ = a.data;
+      stride_ = a.row;
+      return;
+    }
+    a_ = panel_.data();
+    stride_ = kStride;
+    for (int64_t r = 0; r < rows; r += kLanes) {
+      for (int64_t k = 0; k < depth; k += kLanes) {
+        pack_square(a.from(r, k), rows - r, depth - k, panel_.data() + r * kStride + k, kStride);
+      }
+    }
+  }
+
+  // To [columns / width][depth][vectors][lanes], of which the last may have fewer vectors.
+  void pack_block(const Factor<T>& b, int64_t depth, int64_t columns) {
+    const int64_t deep = rounded_up(depth, kLanes);
+    for (int64_t j = 0; j < columns; j += kWidth) {
+      const int64_t width = std::min(kWidth, rounded_up(columns - j, kLanes));
+      T* const to = block_.data() + deep * j;
+      for (int64_t k = 0; k < depth; k += kLanes) {
+        for (int64_t v = 0; v < width; v += kLanes) {
+          pack_square(b.from(k, j + v), depth - k, columns - j - v, to + k * width + v, width);
+        }
+      }
+    }
+  }
+
+  // c [rows, ldc] = or += panel * block
+  void multiply(int64_t rows, int64_t columns, int64_t depth, T* c, int64_t ldc, bool add) const {
+    const int64_t deep = rounded_up(depth, kLanes);
+    for (int64_t j = 0; j < columns; j += kWidth) {
+      const int vectors = static_cast<int>(std::min<int64_t>(kVectors, blocks(columns - j, kLanes)));
+      const T* const block = block_.data() + deep * j;
+      for_row_tiles<kTileRows>(rows, [&]<int kTile>(RowTile tile) {
+        alignas(64) T sums[kTile * kWidth];
+        const T* a[kTile];
+        T* const to = c + tile.first * ldc + j;
+        for (int r = 0; r < kTile; ++r) {
+          a[r] = a_ + (tile.first + r) * stride_;
+          for (int v = 0; v < vectors; ++v) __builtin_prefetch(to + r * ldc + v * kLanes, 1, 3);
+        }
+        accumulate<kTile, kVectors>(vectors, sums, false, {block, block, 0}, a, depth);
+        for (int r = 0; r < kTile; ++r) {
+          for (int v = 0; v < vectors; ++v) {
+            const int64_t at = v * kLanes, count = columns - j - at;
+            const Vec<T> sum = Vec<T>::loadu(sums + r * vectors * kLanes + at);
+            T* const p = to + r * ldc + at;
+            store(p, add ? load(p, count) + sum : sum, count);
+          }
+        }
+      });
+    }
+  }
+
+ private:
+  static constexpr int64_t kStride = kDepth + 2 * kLanes;  // of a row of a panel, no multiple of 256 bytes
+
+  Packing<T> panel_, block_;
+  const T* a_ = nullptr;
+  int64_t stride_ = 0;
+};
+
+// The same of float32 in two or three parts of bfloat16 (amx.h).
+class PartProducts {
+ public:
+  using Number = float;
+  static constexpr int64_t kRows = 2 * kAmxRows;  // of a panel of a
+  // of a block of b: in three parts three quarters of an L2 of 2 MiB
+  static constexpr int64_t kDepth = 512, kColumns = 512;
+  static constexpr int64_t kShare = kRows;  // columns, of a thread's part
+
+  PartProducts(const Bf16Products& products, int parts, int64_t depth, int64_t columns)
+      : products_(products),
+        parts_(parts),
+        panel_(kRows * kStride),
+        block_(parts * whole_tiles(depth) * whole_tiles(columns)),
+        sums_(kRows * whole_tiles(columns)) {}
+  ~PartProducts() { products_.release(); }
+
+  void pack_panel(const Factor<float>& a, int64_t rows, int64_t depth) {
+    if (a.column == 1) {
+      for (int64_t r = 0; r < rows; ++r) {
+        at::BFloat16* const to = panel_.data() + r * kStride;
+        const float* const from = a.data + r * a.row;
+        for (int64_t k = 0; k < whole_tiles(depth); k += kLanes) {
+          const Vec<float> v = k < depth ? load(from + k, depth - k) : Vec<float>(0);
+          store_parts(parts_, to + k, kDepth, v, kLanes);
+        }
+      }
+      return;
+    }
+    alignas(64) float part[kLanes * kLanes];
+    for (int64_t r = 0; r < rows; r += kLanes) {
+      for (int64_t k = 0; k < whole_tiles(depth); k += kLanes) {
+        pack_square(a.from(r, k), rows - r, std::max<int64_t>(0, depth - k), part, kLanes);
+        for (int64_t q = 0; q < std::min<int64_t>(kLanes, rows - r); ++q) {
+          store_parts(parts_, panel_.data() + (r + q) * kStride + k, kDepth, Vec<float>::loadu(part + q * kLanes),
+                      kLanes);
+        }
+      }
+    }
+  }
+
+  void pack_block(const Factor<float>& b, int64_t depth, int64_t columns) {
+    const int64_t wide = whole_tiles(columns), deep = whole_tiles(depth);
+    alignas(64) float part[kLanes * kLanes];
+    for (int64_t k = 0; k < deep; k += kLanes) {
+      for (int64_t v = 0; v < wide; v += kLanes) {
+        pack_square(b.from(k, v), std::max<int64_t>(0, depth - k), std::max<int64_t>(0, columns - v), part, kLanes);
+        for (int64_t q = 0; q < kLanes; q += 2) {
+          store_pairs(parts_, block_.data() + ((k + q) / 2 * wide + v) * 2, deep * wide,
+                      Vec<float>::loadu(part + q * kLanes), Vec<float>::loadu(part + (q + 1) * kLanes));
+        }
+      }
+    }
+  }
+
+  // c [rows, ldc] = or += panel * block
+  void multiply(int64_t rows, int64_t columns, int64_t depth, float* c, int64_t ldc, bool add) const {
+    const int64_t wide = whole_tiles(columns), deep = whole_tiles(depth);
+    products_.multiply_parts({parts_, kAmxRows, rows, wide, deep}, {panel_.data(), kStride, kDepth},
+                             {block_.data(), wide, deep * wide}, sums_.data(), wide);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* const to = c + r * ldc;
+      const float* const from = sums_.data() + r * wide;
+      for (int64_t v = 0; v < columns; v += kLanes) {
+        const Vec<float> sum = load(from + v, columns - v);
+        store(to + v, add ? load(to + v, columns - v) + sum : sum, columns - v);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kLanes = Vec<float>::size();
+  static constexpr int64_t kStride = kMostParts * kDepth + 32;  // of a row of a panel, no multiple of 256 bytes
+
+  const Bf16Products& products_;
+  const int parts_;
+  Packing<at::BFloat16> panel_, block_;  // [kRows][kStride]; [parts][depth / 2][columns][2]
+  Packing<float> sums_;  // [kRows][columns]
+};
+
+// c [m, ldc] = or += a b. A thread's own Products is made by make(depth, columns), for blocks of b of that size at most.
+template <class Products, class Make>
+class Gemm {
+  using T = typename Products::Number;
+
+ public:
+  static void run(const Make& make, const GemmSizes& sizes, const Factor<T>& a, const Factor<T>& b, T* c, int64_t ldc,
+                  bool add, int threads) {
+    // The longer side is shared: what each thread packs of the other is then least.
+    const bool rows = sizes.m >= sizes.n;
+    const int64_t side = rows ? sizes.m : sizes.n, unit = rows ? Products::kRows : Products::kShare;
+    const auto part = [&](int64_t begin, int64_t end) {
+      if (rows) {
+        multiply(make, {end - begin, sizes.n, sizes.k}, a.from(begin, 0), b, c + begin * ldc, ldc, add);
+      } else {
+        multiply(make, {sizes.m, end - begin, sizes.k}, a, b.from(0, begin), c + begin, ldc, add);
+      }
+    };
+    const int64_t units = blocks(side, unit);
+    if (threads <= 1 || units == 1) {
+      part(0, side);
+    } else {
+      at::parallel_for(0, units, blocks(units, threads),
+                       [&](int64_t begin, int64_t end) { part(begin * unit, std::min(end * unit, side)); });
+    }
+  }
+
+ private:
+  static void multiply(const Make& make, const GemmSizes& sizes, const Factor<T>& a, const Factor<T>& b, T* c,
+                       int64_t ldc, bool add) {
+    constexpr int64_t kDepth = Products::kDepth, kColumns = Products::kColumns, kRows = Products::kRows;
+    Products products = make(std::min(kDepth, sizes.k), std::min(kColumns, sizes.n));
+    for (int64_t k = 0; k == 0 || k < sizes.k; k += kDepth) {  // sums of nothing are zero
+      const int64_t depth = std::min(kDepth, sizes.k - k);
+      for (int64_t j = 0; j < sizes.n; j += kColumns) {
+        const int64_t columns = std::min(kColumns, sizes.n - j);
+        products.pack_block(b.from(k, j), depth, columns);
+        for (int64_t i = 0; i < sizes.m; i += kRows) {
+          const int64_t rows = std::min(kRows, sizes.m - i);
+          products.pack_panel(a.from(i, k), rows, depth);
+          products.multiply(rows, columns, depth, c + i * ldc + j, ldc, add || k > 0);
+        }
+      }
+    }
+  }
+};
+
+template <class T>
+void multiply_large(const GemmSizes& sizes, const Factor<T>& a, const Factor<T>& b, T* c, int64_t ldc, bool add,
+                    int threads) {
+  const auto make = [](int64_t depth, int64_t columns) { return TileProducts<T>(depth, columns); };
+  Gemm<TileProducts<T>, decltype(make)>::run(make, sizes, a, b, c, ldc, add, threads);
+}
+
+inline void multiply_in_parts(const Bf16Products& products, int parts, const GemmSizes& sizes, const Factor<float>& a,
+                              const Factor<float>& b, float* c, int64_t ldc, bool add, int threads) {
+  const auto make = [&](int64_t depth, int64_t columns) { return PartProducts(products, parts, depth, columns); };
+  Gemm<PartProducts, decltype(make)>::run(make, sizes, a, b, c, ldc, add, threads);
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fastrnn

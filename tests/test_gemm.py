@@ -1,0 +1,52 @@
+"""Products of large matrices by the kernels' own tiles, which not every machine chooses, and by torch's library."""
+
+import pytest
+from test_backend import python
+
+# Whole cases, forward and backward, by the rule of tolerance.py: more rows, columns and k than a block has, vectors, one
+# step with many rows, and whatever divides or scatters what is multiplied.
+RULE = """
+    import torch, fastrnn
+    from cases import small
+    from test_features import OPTIONS, compare_apart
+    from test_modules import compare
+    assert fastrnn.build_info()["cpu_gemm"] == GEMM
+    shapes = (
+        {"steps": 129, "batch": 17, "inputs": 3, "hidden": 17},
+        {"steps": 17, "batch": 33, "inputs": 389, "hidden": 67, "layout": "batch_first"},
+        {"steps": 1, "batch": 17, "inputs": 129, "hidden": 129},
+        {"steps": 3, "batch": 129, "inputs": 1, "hidden": 3, "bidirectional": True, "num_layers": 2},
+        {"steps": 33, "batch": 3, "inputs": 17, "hidden": 129, "bidirectional": True, "layout": "unsorted"},
+        {"steps": 17, "batch": 17, "inputs": 65, "hidden": 33, "dtype": torch.float64, "bias": False},
+    )
+    for shape in shapes:
+        for case in small(**shape):
+            compare(case, "BACKEND")
+    for which in OPTIONS:
+        for case in small(steps=17, batch=29, inputs=3, hidden=65, bidirectional=True, layout="batch_first"):
+            compare_apart(case, which, "BACKEND")
+"""
+
+
+# with the backend "native", compare() runs on two threads
+@pytest.mark.parametrize("backend", ["one thread", "native"])
+@pytest.mark.parametrize("gemm", ["own", pytest.param("library", marks=pytest.mark.slow)])
+def test_rule(gemm, backend, native):
+    code = RULE.replace("BACKEND", backend).replace("GEMM", repr(gemm))
+    done = python(code, FASTRNN_BACKEND="native", FASTRNN_CPU_GEMM=gemm)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_rule_on_narrower_vectors(capability, native):
+    if capability == "avx2" and native.cpu_capability() == "default":
+        pytest.skip("this machine has no AVX2, or FASTRNN_CPU_CAPABILITY forbids it")
+    code = RULE.replace("BACKEND", "native").replace("GEMM", "'own'")
+    done = python(code, FASTRNN_BACKEND="native", FASTRNN_CPU_GEMM="own", FASTRNN_CPU_CAPABILITY=capability)
+    assert done.returncode == 0, done.stderr
+
+
+def test_value_that_is_not_one(native):
+    done = python("import fastrnn", FASTRNN_BACKEND="native", FASTRNN_CPU_GEMM="mkl")
+    assert "ValueError: FASTRNN_CPU_GEMM should be one of auto, own or library, got: 'mkl'" in done.stderr
