@@ -50,7 +50,7 @@ void multiply_parts_by_loops(const PartSizes& sizes, const PartMatrix& a, const 
   }
 }
 
-const Bf16Products kEmulated{"emulated", multiply_by_loops, multiply_parts_by_loops, [] {}};
+const Bf16Products kEmulated{"emulated", multiply_by_loops, multiply_parts_by_loops, [] {}, 2 * kAmxRows, kAmxDepth};
 
 // oneDNN's small GEMM, generated for the machine and the sizes: AMX tiles or AVX512_BF16. May throw.
 void multiply_generated(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, const BFloat16* a,
@@ -112,12 +112,13 @@ bool parts_work(int parts, int64_t rows, int64_t columns, int64_t depth) {
 Bf16Products choose() {
   const std::string wanted = setting("FASTRNN_CPU_BF16", {"auto", "off", "emulate"});
   if (wanted == "emulate") return kEmulated;
-  Bf16Products products{"native", nullptr, nullptr, release};
+  const bool unit = has_amx();
+  Bf16Products products{"native", nullptr, nullptr, release, unit ? 2 * kAmxRows : 1, unit ? kAmxDepth : 2};
   if (wanted == "off" || !has_bf16_dot()) return products;
   if (works(128, 64, 64) && works(32, 64, 64) && works(8, 48, 96) && works(1, 16, 6)) {
     products.multiply = multiply_native;
   }
-  if (has_amx() && parts_work(2, 49, 48, 64) && parts_work(3, 17, 64, 32)) products.multiply_parts = multiply_parts_amx;
+  if (unit && parts_work(2, 49, 48, 64) && parts_work(3, 17, 64, 32)) products.multiply_parts = multiply_parts_amx;
   return products;
 }
 

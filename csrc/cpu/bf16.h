@@ -18,6 +18,8 @@ struct Bf16Products {
   // The same of float32 in parts; see multiply_parts_amx. Null where that is no faster than float32 itself.
   void (*multiply_parts)(const PartSizes&, const PartMatrix& a, const PartMatrix& b, float* c, int64_t ldc);
   void (*release)();  // after a thread's last product for a while
+  // In what steps rows and k are best counted: a matrix unit takes whole tiles of them, and cuts others into small ones.
+  int64_t row_step, depth_step;
 };
 
 // What this machine has: a null pointer where there are no instructions (AVX512_BF16 or AMX, and AMX for parts).

@@ -14,8 +14,6 @@
 namespace fastrnn {
 inline namespace CPU_CAPABILITY {
 
-constexpr int64_t rounded_up(int64_t n, int64_t to) { return blocks(n, to) * to; }
-
 // Memory for packed factors, aligned for vectors.
 template <class U>
 class Packing {
@@ -90,9 +88,16 @@ class TileProducts {
     for (int64_t j = 0; j < columns; j += kWidth) {
       const int64_t width = std::min(kWidth, rounded_up(columns - j, kLanes));
       T* const to = block_.data() + deep * j;
-      for (int64_t k = 0; k < depth; k += kLanes) {
+      const auto square = [&](int64_t k, int64_t v) {
+        pack_square(b.from(k, j + v), depth - k, columns - j - v, to + k * width + v, width);
+      };
+      if (b.column == 1) {
+        for (int64_t k = 0; k < depth; k += kLanes) {
+          for (int64_t v = 0; v < width; v += kLanes) square(k, v);
+        }
+      } else {
         for (int64_t v = 0; v < width; v += kLanes) {
-          pack_square(b.from(k, j + v), depth - k, columns - j - v, to + k * width + v, width);
+          for (int64_t k = 0; k < depth; k += kLanes) square(k, v);
         }
       }
     }

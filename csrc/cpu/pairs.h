@@ -9,10 +9,10 @@
 namespace fastrnn {
 inline namespace CPU_CAPABILITY {
 
-// k of an operand, with zeros behind: pairs; beyond 32, and in parts always, whole tiles of a matrix unit, which cuts
-// others into small ones.
-constexpr int64_t operand_width(int64_t k, int parts) {
-  return parts == 1 && k <= kAmxDepth ? (k + 1) / 2 * 2 : whole_tiles(k);
+// k of an operand, with zeros behind: pairs; of many, and in parts always, whole tiles of a matrix unit.
+inline int64_t operand_width(const Scan& scan, int64_t k) {
+  if (scan.plan.parts > 1) return whole_tiles(k);
+  return rounded_up(k, k <= kAmxDepth ? 2 : scan.bf16->depth_step);
 }
 
 // Part of a row for the next step: what this step computed, or zeros where the next begins anew.
@@ -47,13 +47,14 @@ struct Pair {
   }
 };
 
-// One block of columns as it lies, in pairs of k: out [operand_width(depth) / 2][kVectors][lanes][2] from w [depth, columns],
-// zeros beyond the last column and the depth; further parts behind it, each `apart` behind the one before.
+// One block of columns as it lies, in pairs of k: out [width / 2][kVectors][lanes][2] from w [depth, columns], zeros beyond
+// the last column and the depth; further parts behind it.
 template <int kVectors, class W>
 void pack_columns_in_pairs(int parts, const W* w, int64_t columns, int64_t depth, int64_t block, at::BFloat16* out,
-                           int64_t apart) {
+                           int64_t width) {
   constexpr int kLanes = Vec<float>::size();
-  for (int64_t k = 0; k < operand_width(depth, parts); k += 2) {
+  const int64_t apart = width * kVectors * kLanes;
+  for (int64_t k = 0; k < width; k += 2) {
     for (int v = 0; v < kVectors; ++v, out += 2 * kLanes) {
       const int64_t j = (block * kVectors + v) * kLanes, count = columns - j;
       const auto row = [&](int64_t at) {
@@ -136,7 +137,7 @@ inline void multiply_rows(const Scan& scan, int64_t height, int64_t count, int64
   }
   int64_t m = 0;
   for (int64_t i = 0; i < count; i += m) {
-    m = count - i >= kManyRows ? kManyRows : Operands::kRows;
+    m = count - i >= kManyRows ? kManyRows : std::min(Operands::kRows, rounded_up(count - i, scan.bf16->row_step));
     while (m / 2 >= count - i) m /= 2;
     scan.bf16->multiply(m, n, k, lda, n, ldc, a + i * lda, b, c + i * ldc);
   }

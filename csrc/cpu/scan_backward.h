@@ -69,7 +69,7 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     // a single step has no recurrent product: nothing to pack
     s.packed = arena.take<T>(scan.rows.steps > 1 ? blocks(shape.outputs, kWidth) * depth(scan) * kWidth : 0);
     if (scan.plan.parts > 0) {
-      s.operands = Operands(scan.rows.batch, operand_width(kGates * shape.units, scan.plan.parts), scan.plan);
+      s.operands = Operands(scan.rows.batch, operand_width(scan, kGates * shape.units), scan.plan);
       s.operands.take(arena);
     }
     s.projection = arena.take<T>(shape.projected ? blocks(shape.units, kWidth) * shape.outputs * kWidth : 0);
@@ -83,7 +83,7 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
   static int64_t depth(const Scan& scan) {
     const int64_t gates = kGates * scan.shape.units;
     const int parts = scan.plan.parts;
-    return parts > 0 ? parts * operand_width(gates, parts) / 2 : gates;
+    return parts > 0 ? parts * operand_width(scan, gates) / 2 : gates;
   }
 
   // f(the gate gradients) of a row or of all, in the type that they have.
@@ -142,7 +142,7 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
           if constexpr (kHasPairs) {
             if (scan_.plan.parts > 0) {
               pack_columns_in_pairs<kVectors>(scan_.plan.parts, w, shape_.outputs, kGates * shape_.units, b,
-                                              reinterpret_cast<at::BFloat16*>(block), s_.operands.width() * kWidth);
+                                              reinterpret_cast<at::BFloat16*>(block), s_.operands.width());
               return;
             }
           }

@@ -77,7 +77,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     Scratch s;
     s.packed = arena.take<T>(blocks(shape.units, kUnits) * depth(scan) * kWidth);
     if (scan.plan.parts > 0) {
-      s.operands = Operands(batch, input_width(scan) + operand_width(shape.outputs, scan.plan.parts), scan.plan);
+      s.operands = Operands(batch, input_width(scan) + operand_width(scan, shape.outputs), scan.plan);
       s.operands.take(arena);
     }
     s.partial = arena.take<T>(scan.plan.threads * sums_of_member(scan, s.operands));
@@ -98,13 +98,13 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
 
   // Of the input as part of an operand.
   static int64_t input_width(const Scan& scan) {
-    return scan.plan.fused_input ? operand_width(scan.shape.inputs, scan.plan.parts) : 0;
+    return scan.plan.fused_input ? operand_width(scan, scan.shape.inputs) : 0;
   }
   // Of a block of packed weights, in elements of T.
   static int64_t depth(const Scan& scan) {
     if (scan.plan.recurrent != Recurrent::kPacked) return 0;
     const int parts = scan.plan.parts;
-    if (parts > 0) return parts * (input_width(scan) + operand_width(scan.shape.outputs, parts)) / 2;
+    if (parts > 0) return parts * (input_width(scan) + operand_width(scan, scan.shape.outputs)) / 2;
     return (scan.plan.fused_input ? scan.shape.inputs : 0) + scan.shape.outputs;
   }
 

@@ -266,6 +266,7 @@ FASTRNN_INLINE void for_row_tiles(int64_t count, const F& f) {
 }
 
 constexpr int64_t blocks(int64_t columns, int64_t width) { return (columns + width - 1) / width; }
+constexpr int64_t rounded_up(int64_t n, int64_t to) { return blocks(n, to) * to; }
 
 // to [k][to_stride] = the transpose of from [lanes][from_stride], for as many k as lanes. Rows i and i + lanes / 2 become
 // rows 2 i and 2 i + 1, their elements in turn; after log2(lanes) such shuffles every element has changed places.

@@ -92,6 +92,11 @@ bool worth_parts(const GemmSizes& z) {
 // sum (+)= a b, of T: in so many parts of bfloat16, by the kernels' own product, or by the library's.
 template <class T>
 void multiply(int parts, Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
+  if (sum.stride(1) != 1 && sum.stride(0) == 1) {
+    Tensor turned = sum.t();
+    multiply<T>(parts, turned, begun, b.t(), a.t());
+    return;
+  }
   const GemmSizes sizes{a.size(0), b.size(1), a.size(1)};
   const auto lies_well = [](const Tensor& t) { return t.stride(0) == 1 || t.stride(1) == 1; };
   const auto factor = [](const Tensor& t) { return Factor<T>{t.const_data_ptr<T>(), t.stride(0), t.stride(1)}; };
@@ -361,7 +366,7 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
 
   Products products;
   if (product == scalar_type<T>) {
-    products.longer_side_in_row = scan.plan.parts <= 1 && !own_gemm();
+    if (scan.plan.parts <= 1) products.narrow = own_gemm() ? 64 : 256;
     products.add = [parts = scan.plan.parts](Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
       multiply<T>(parts, sum, begun, a, b);
     };

@@ -181,8 +181,8 @@ void LayerGradients::add_outer(Tensor& sum, int64_t first, const std::vector<Ten
 
 Tensor LayerGradients::allocate_sum(int64_t rows, int64_t columns, const at::TensorOptions& options) const {
   // below, what is gained is less than what it costs to lay the result out as its weight
-  constexpr int64_t kLong = 1000, kNarrow = 256;
-  const bool turned = products_.longer_side_in_row && rows_ >= kLong && columns <= kNarrow && columns < rows;
+  constexpr int64_t kLong = 1000;
+  const bool turned = rows_ >= kLong && columns <= products_.narrow && columns < rows;
   return turned ? at::empty({columns, rows}, options).t() : at::empty({rows, columns}, options);
 }
 

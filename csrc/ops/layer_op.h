@@ -63,8 +63,8 @@ struct Products {
   // GEMMs add term after term to one number of that type, and err by more the more there are: long sums are then made of
   // several.
   bool short_sums = false;
-  // Faster by up to a quarter, of long sums, where the longer side of a narrow result is the one that lies in a row.
-  bool longer_side_in_row = false;
+  // Of long sums, columns up to which a result is made faster if its longer side is the one that lies in a row.
+  int64_t narrow = 0;
   std::function<void(Tensor& sum, bool begun, const Tensor& a, const Tensor& b)> add = add_product;
 };
 
