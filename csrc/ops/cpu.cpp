@@ -130,7 +130,7 @@ Tensors contiguous(TensorList tensors) {
   return result;
 }
 
-// f(first, last) over the steps, on all threads where a step's `bytes` make it worth it.
+// f(first, last) over the steps, or rows, on all threads where the `bytes` of each make it worth it.
 template <class F>
 void for_steps(int64_t steps, int64_t bytes, const F& f) {
   constexpr int64_t kBytesWorthAThread = 128 << 10;
@@ -139,6 +139,17 @@ void for_steps(int64_t steps, int64_t bytes, const F& f) {
   } else {
     at::parallel_for(0, steps, std::max<int64_t>(1, kBytesWorthAThread / std::max<int64_t>(1, bytes)), f);
   }
+}
+
+// index_copy_ takes twice as long, element by element.
+void copy_to_places(Tensor& to, const Tensor& places, const Tensor& from) {
+  const int64_t row_bytes = from.size(1) * from.element_size();
+  const int64_t* const place = places.const_data_ptr<int64_t>();
+  const auto* const begin = static_cast<const char*>(from.const_data_ptr());
+  auto* const data = static_cast<char*>(to.mutable_data_ptr());
+  for_steps(from.size(0), row_bytes, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) std::memcpy(data + place[i] * row_bytes, begin + i * row_bytes, row_bytes);
+  });
 }
 
 // Zeros in rows that no scan visits. data: [rows, columns], also with a dimension of directions before.
@@ -365,6 +376,7 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   }
 
   Products products;
+  products.scatter = copy_to_places;
   if (product == scalar_type<T>) {
     if (scan.plan.parts <= 1) products.narrow = own_gemm() ? 64 : 256;
     products.add = [parts = scan.plan.parts](Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {

@@ -33,6 +33,8 @@ void add_product(Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
   }
 }
 
+void scatter_rows(Tensor& to, const Tensor& places, const Tensor& from) { to.index_copy_(0, places, from); }
+
 Storage storage_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case at::kFloat:
@@ -143,7 +145,7 @@ void LayerGradients::add_input(int d, const GateGradients& gates) {
   } else {
     products_.add(sum, begun, grad, w);
   }
-  if (scattered) result_[0].index_copy_(0, gates.places, sum);
+  if (scattered) products_.scatter(result_[0], gates.places, sum);
 }
 
 // sum += the sum over the factors of grad^T x: parts of [rows, A] in all, of the gradient's rows from `first` on, and

@@ -58,7 +58,10 @@ Tensor rows_of(const Tensor& t, int64_t first, int64_t count);
 // sum (+)= a b; it has numbers if `begun`.
 void add_product(Tensor& sum, bool begun, const Tensor& a, const Tensor& b);
 
-// How a device's library multiplies best.
+// to[places[i]] = from[i] of rows, each of `to` once at most; places: int64 [rows].
+void scatter_rows(Tensor& to, const Tensor& places, const Tensor& from);
+
+// How a device multiplies best.
 struct Products {
   // GEMMs add term after term to one number of that type, and err by more the more there are: long sums are then made of
   // several.
@@ -66,6 +69,7 @@ struct Products {
   // Of long sums, columns up to which a result is made faster if its longer side is the one that lies in a row.
   int64_t narrow = 0;
   std::function<void(Tensor& sum, bool begun, const Tensor& a, const Tensor& b)> add = add_product;
+  std::function<void(Tensor& to, const Tensor& places, const Tensor& from)> scatter = scatter_rows;
 };
 
 // The arguments of a backward op, as plain tensors on one device; weights are of the type of the products.
