@@ -25,6 +25,14 @@ def native():
         yield _backend.native
 
 
+@pytest.fixture(params=["default", "avx2"])
+def narrow_vectors(request, native):
+    """FASTRNN_CPU_CAPABILITY below AVX-512, of those that the machine has."""
+    if request.param == "avx2" and native.cpu_capability() == "default":
+        pytest.skip("this machine has no AVX2, or FASTRNN_CPU_CAPABILITY forbids it")
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _reproducible():
     """One seed; and one thread, because torch's own loops over tiny tensors crawl where cores are shared."""

@@ -3,8 +3,8 @@
 import pytest
 from test_backend import python
 
-# Whole cases, forward and backward, by the rule of tolerance.py: more rows, columns and k than a block has, vectors, one
-# step with many rows, and whatever divides or scatters what is multiplied.
+# Whole cases, forward and backward, by the rule of tolerance.py: more rows, columns and k than a block has, vectors,
+# one step with many rows, and whatever divides or scatters what is multiplied.
 RULE = """
     import torch, fastrnn
     from cases import small
@@ -38,12 +38,9 @@ def test_rule(gemm, backend, native):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_rule_on_narrower_vectors(capability, native):
-    if capability == "avx2" and native.cpu_capability() == "default":
-        pytest.skip("this machine has no AVX2, or FASTRNN_CPU_CAPABILITY forbids it")
+def test_rule_on_narrow_vectors(narrow_vectors, native):
     code = RULE.replace("BACKEND", "native").replace("GEMM", "'own'")
-    done = python(code, FASTRNN_BACKEND="native", FASTRNN_CPU_GEMM="own", FASTRNN_CPU_CAPABILITY=capability)
+    done = python(code, FASTRNN_BACKEND="native", FASTRNN_CPU_GEMM="own", FASTRNN_CPU_CAPABILITY=narrow_vectors)
     assert done.returncode == 0, done.stderr
 
 

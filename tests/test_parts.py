@@ -50,13 +50,10 @@ def test_rule_in_three_parts(products, backend, native):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_rule_on_narrower_vectors(capability, native):
+def test_rule_on_narrow_vectors(narrow_vectors, native):
     """Nothing has a matrix unit beside these, but the scans' side of it must be right with any width."""
-    if capability == "avx2" and native.cpu_capability() == "default":
-        pytest.skip("this machine has no AVX2, or FASTRNN_CPU_CAPABILITY forbids it")
     code = RULE.replace("BACKEND", "one thread")
-    variables = {"FASTRNN_CPU_BF16": "emulate", "FASTRNN_CPU_CAPABILITY": capability}
+    variables = {"FASTRNN_CPU_BF16": "emulate", "FASTRNN_CPU_CAPABILITY": narrow_vectors}
     done = python(code, FASTRNN_BACKEND="native", FASTRNN_CPU_FLOAT32="bf16x3", **variables)
     assert done.returncode == 0, done.stderr
 
