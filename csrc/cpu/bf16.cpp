@@ -112,13 +112,16 @@ bool parts_work(int parts, int64_t rows, int64_t columns, int64_t depth) {
 Bf16Products choose() {
   const std::string wanted = setting("FASTRNN_CPU_BF16", {"auto", "off", "emulate"});
   if (wanted == "emulate") return kEmulated;
-  const bool unit = has_amx();
-  Bf16Products products{"native", nullptr, nullptr, release, unit ? 2 * kAmxRows : 1, unit ? kAmxDepth : 2};
+  Bf16Products products{"native", nullptr, nullptr, release, 1, 2};
   if (wanted == "off" || !has_bf16_dot()) return products;
   if (works(128, 64, 64) && works(32, 64, 64) && works(8, 48, 96) && works(1, 16, 6)) {
     products.multiply = multiply_native;
   }
-  if (unit && parts_work(2, 49, 48, 64) && parts_work(3, 17, 64, 32)) products.multiply_parts = multiply_parts_amx;
+  if (has_amx()) {
+    products.row_step = 2 * kAmxRows;
+    products.depth_step = kAmxDepth;
+    if (parts_work(2, 49, 48, 64) && parts_work(3, 17, 64, 32)) products.multiply_parts = multiply_parts_amx;
+  }
   return products;
 }
 

@@ -18,16 +18,17 @@ inline namespace CPU_CAPABILITY {
 template <class U>
 class Packing {
  public:
+  Packing() = default;
   explicit Packing(int64_t count) : memory_(new U[count + kLine / sizeof(U)]) {
     const auto at = reinterpret_cast<uintptr_t>(memory_.get());
     data_ = memory_.get() + (kLine - at % kLine) / sizeof(U);
   }
-  U* data() const { return data_; }
+  U* data() const { return data_; }  // null if it is none
 
  private:
   static constexpr uintptr_t kLine = 64;
   std::unique_ptr<U[]> memory_;
-  U* data_;
+  U* data_ = nullptr;
 };
 
 // to [lanes][to_stride] = the first rows and columns of a factor, of which `rows` and `columns` exist; zeros beyond. Of
@@ -58,14 +59,12 @@ class TileProducts {
   static constexpr int kVectors = 4, kTileRows = max_rows(kVectors);
   static constexpr int kLanes = Vec<T>::size();
   static constexpr int64_t kWidth = kVectors * kLanes;
-  static constexpr int64_t kRows =
-      48;  // of a panel of a: whole tiles, and whole squares of a factor that lies transposed
+  static constexpr int64_t kRows = 48;  // of a panel of a: whole tiles, and whole squares where it lies transposed
   // of a block of b: half of an L2 of 1 MiB
   static constexpr int64_t kDepth = 384, kColumns = (512 << 10) / kDepth / sizeof(T) / kWidth * kWidth;
   static constexpr int64_t kShare = kWidth;  // columns, of a thread's part
 
-  TileProducts(int64_t depth, int64_t columns)
-      : panel_(kRows * kStride), block_(rounded_up(depth, kLanes) * rounded_up(columns, kLanes)) {}
+  TileProducts(int64_t depth, int64_t columns) : block_(rounded_up(depth, kLanes) * rounded_up(columns, kLanes)) {}
 
   void pack_panel(const Factor<T>& a, int64_t rows, int64_t depth) {
     if (a.column == 1) {
@@ -73,6 +72,7 @@ class TileProducts {
       stride_ = a.row;
       return;
     }
+    if (panel_.data() == nullptr) panel_ = Packing<T>(kRows * kStride);
     a_ = panel_.data();
     stride_ = kStride;
     for (int64_t r = 0; r < rows; r += kLanes) {
@@ -133,8 +133,8 @@ class TileProducts {
  private:
   static constexpr int64_t kStride = kDepth + 2 * kLanes;  // of a row of a panel, no multiple of 256 bytes
 
-  Packing<T> panel_, block_;
-  const T* a_ = nullptr;
+  Packing<T> panel_, block_;  // [kRows][kStride], if it is needed; see pack_block
+  const T* a_ = nullptr;  // [rows, stride_] the panel, or the factor itself
   int64_t stride_ = 0;
 };
 
