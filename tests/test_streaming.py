@@ -350,7 +350,8 @@ def test_out(kind, backend):
     session, other = StreamingSession(net, 2), StreamingSession(net, 2)
     x = torch.randn(4, 2, 17)
     outputs = net.proj_size or 17
-    expected = other.chunk(x)
+    # in the same calls, from memory aligned alike: on some processors torch adds up in an order that depends on both
+    expected = [other.step(x[0]), other.step(x[1].clone()), other.chunk(x[2:].clone())]
     out = torch.full((2, 2 * outputs), float("nan"))[:, ::2]  # any strides
     version = out._version
     assert session.step(x[0], out) is out
@@ -362,7 +363,7 @@ def test_out(kind, backend):
         assert torch.equal(shared, expected[1])
         rest = x[2:].clone()
         assert session.chunk(rest, out=rest) is rest
-        assert torch.equal(rest, expected[2:])
+        assert torch.equal(rest, expected[2])
 
 
 def test_out_that_is_refused(backend):

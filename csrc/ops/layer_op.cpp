@@ -33,8 +33,6 @@ void add_product(Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
   }
 }
 
-void scatter_rows(Tensor& to, const Tensor& places, const Tensor& from) { to.index_copy_(0, places, from); }
-
 Storage storage_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case at::kFloat:
@@ -110,7 +108,7 @@ Tensors LayerGradients::finish(const Tensor& grad_first, const Tensor& carry, co
     Tensor grad_h0 = at::empty({z.directions, z.batch, z.outputs}, grad_first.options());
     for (int d = 0; d < l.directions; ++d) {
       Tensor slice = grad_h0.select(0, d);
-      products_.add(slice, false, grad_first.select(0, d), a_.weights[l.w_hh(d)]);
+      add_gates(slice, false, grad_first.select(0, d), a_.weights[l.w_hh(d)]);
     }
     if (traits(a_.kind).carries_h) grad_h0.add_(carry);
     if (empty_rows.defined() && a_.grads[1].defined()) grad_h0 = at::where(empty_rows, a_.grads[1], grad_h0);
@@ -126,26 +124,30 @@ bool LayerGradients::same_bias(int d) const {
   return traits(a_.kind).separate == 0 && a_.wants_weight(l.b_ih(d)) && a_.wants_weight(l.b_hh(d));
 }
 
-// grad w of all gates, with grad [rows, G H] and w [G H, I]. Short sums, where they are wanted at all and the columns
-// are many, are those of a gate.
 void LayerGradients::add_input(int d, const GateGradients& gates) {
-  constexpr int64_t kMany = 2048;
   const Tensor& grad = gates.input;
   const Tensor& w = a_.weights[a_.layout.w_ih(d)];
-  const int64_t rows = grad.size(0), columns = w.size(0), inputs = w.size(1), parts = traits(a_.kind).gates;
+  const int64_t rows = grad.size(0), inputs = w.size(1);
   const bool begun = d > 0;  // each row once by each direction
   if (!result_[0].defined()) result_[0] = at::empty({rows_, inputs}, grad.options());
   const bool scattered = gates.places.defined();
   Tensor sum = !scattered ? rows_of(result_[0], gates.first, rows)
                : begun    ? result_[0].index_select(0, gates.places)
                           : at::empty({rows, inputs}, grad.options());
-  if (products_.short_sums && parts > 1 && columns >= kMany) {
-    const int64_t units = columns / parts;
-    add_parts(sum, begun, grad.view({rows, parts, units}).transpose(0, 1), w.view({parts, units, inputs}));
+  add_gates(sum, begun, grad, w);
+  if (scattered) products_.scatter(result_[0], gates.places, sum);
+}
+
+// sum (+)= grad w of all gates, with grad [rows, G*H] and w [G*H, columns]. Short sums, where they are wanted at all and
+// there are many terms, are those of a gate.
+void LayerGradients::add_gates(Tensor& sum, bool begun, const Tensor& grad, const Tensor& w) const {
+  constexpr int64_t kMany = 2048;
+  const int64_t terms = w.size(0), parts = traits(a_.kind).gates, units = terms / parts;
+  if (products_.short_sums && parts > 1 && terms >= kMany) {
+    add_parts(sum, begun, grad.view({grad.size(0), parts, units}).transpose(0, 1), w.view({parts, units, w.size(1)}));
   } else {
     products_.add(sum, begun, grad, w);
   }
-  if (scattered) products_.scatter(result_[0], gates.places, sum);
 }
 
 // sum += the sum over the factors of grad^T x: parts of [rows, A] in all, of the gradient's rows from `first` on, and

@@ -58,9 +58,6 @@ Tensor rows_of(const Tensor& t, int64_t first, int64_t count);
 // sum (+)= a b; it has numbers if `begun`.
 void add_product(Tensor& sum, bool begun, const Tensor& a, const Tensor& b);
 
-// to[places[i]] = from[i] of rows, each of `to` once at most; places: int64 [rows].
-void scatter_rows(Tensor& to, const Tensor& places, const Tensor& from);
-
 // How a device multiplies best.
 struct Products {
   // GEMMs add term after term to one number of that type, and err by more the more there are: long sums are then made of
@@ -69,7 +66,8 @@ struct Products {
   // Of long sums, columns up to which a result is made faster if its longer side is the one that lies in a row.
   int64_t narrow = 0;
   std::function<void(Tensor& sum, bool begun, const Tensor& a, const Tensor& b)> add = add_product;
-  std::function<void(Tensor& to, const Tensor& places, const Tensor& from)> scatter = scatter_rows;
+  // to[places[i]] = from[i], rows as a whole; null where gate gradients have no places
+  std::function<void(Tensor& to, const Tensor& places, const Tensor& from)> scatter;
 };
 
 // The arguments of a backward op, as plain tensors on one device; weights are of the type of the products.
@@ -126,6 +124,7 @@ class LayerGradients {
  private:
   Tensor& weight(int index) { return result_[1 + a_.hx.size() + index]; }
   void add_input(int direction, const GateGradients& gates);
+  void add_gates(Tensor& sum, bool begun, const Tensor& grad, const Tensor& w) const;
   void add_outer(Tensor& sum, int64_t first, const std::vector<Tensor>& parts,
                  const std::vector<RowFactor>& factors) const;
   void add_term(Tensor& slice, bool begun, const Tensor& factor, const Tensor& x) const;
