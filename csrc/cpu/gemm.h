@@ -3,8 +3,7 @@
 #pragma once
 
 #include <ATen/Parallel.h>
-
-#include <memory>
+#include <c10/core/CPUAllocator.h>
 
 #include "cpu/bf16.h"
 #include "cpu/kernels.h"
@@ -19,17 +18,22 @@ template <class U>
 class Packing {
  public:
   Packing() = default;
-  explicit Packing(int64_t count) : memory_(new U[count + kLine / sizeof(U)]) {
-    const auto at = reinterpret_cast<uintptr_t>(memory_.get());
-    data_ = memory_.get() + (kLine - at % kLine) / sizeof(U);
-  }
-  U* data() const { return data_; }  // null if it is none
+  explicit Packing(int64_t count) : memory_(c10::GetCPUAllocator()->allocate(count * sizeof(U))) {}
+  U* data() const { return static_cast<U*>(memory_.get()); }  // null if it is none
 
  private:
-  static constexpr uintptr_t kLine = 64;
-  std::unique_ptr<U[]> memory_;
-  U* data_ = nullptr;
+  at::DataPtr memory_;
 };
+
+// to [count] = or += from, of which whole vectors may be read.
+template <class T>
+FASTRNN_INLINE void leave(T* to, const T* from, int64_t count, bool add) {
+  constexpr int kLanes = Vec<T>::size();
+  for (int64_t v = 0; v < count; v += kLanes) {
+    const Vec<T> sum = Vec<T>::loadu(from + v);
+    store(to + v, add ? load(to + v, count - v) + sum : sum, count - v);
+  }
+}
 
 // to [lanes][to_stride] = the first rows and columns of a factor, of which `rows` and `columns` exist; zeros beyond. Of
 // one that lies transposed as well.
@@ -118,14 +122,8 @@ class TileProducts {
           for (int v = 0; v < vectors; ++v) __builtin_prefetch(to + r * ldc + v * kLanes, 1, 3);
         }
         accumulate<kTile, kVectors>(vectors, sums, false, {block, block, 0}, a, depth);
-        for (int r = 0; r < kTile; ++r) {
-          for (int v = 0; v < vectors; ++v) {
-            const int64_t at = v * kLanes, count = columns - j - at;
-            const Vec<T> sum = Vec<T>::loadu(sums + r * vectors * kLanes + at);
-            T* const p = to + r * ldc + at;
-            store(p, add ? load(p, count) + sum : sum, count);
-          }
-        }
+        const int64_t count = std::min(kWidth, columns - j);
+        for (int r = 0; r < kTile; ++r) leave(to + r * ldc, sums + r * vectors * kLanes, count, add);
       });
     }
   }
@@ -198,14 +196,7 @@ class PartProducts {
     const int64_t wide = whole_tiles(columns), deep = whole_tiles(depth);
     products_.multiply_parts({parts_, kAmxRows, rows, wide, deep}, {panel_.data(), kStride, kDepth},
                              {block_.data(), wide, deep * wide}, sums_.data(), wide);
-    for (int64_t r = 0; r < rows; ++r) {
-      float* const to = c + r * ldc;
-      const float* const from = sums_.data() + r * wide;
-      for (int64_t v = 0; v < columns; v += kLanes) {
-        const Vec<float> sum = load(from + v, columns - v);
-        store(to + v, add ? load(to + v, columns - v) + sum : sum, columns - v);
-      }
-    }
+    for (int64_t r = 0; r < rows; ++r) leave(c + r * ldc, sums_.data() + r * wide, columns, add);
   }
 
  private:

@@ -14,6 +14,7 @@
 
 #include "cpu/capability.h"
 #include "cpu/kernels.h"
+#include "ops/cpu_gemm.h"
 #include "ops/cpu_plan.h"
 #include "ops/layer_op.h"
 #include "ops/rows.h"
@@ -82,41 +83,6 @@ constexpr auto scalar_type = c10::CppTypeToScalarType<T>::value;
 
 // t.to(type), without a call of an op where there is nothing to do: a small layer takes less time than a few of them.
 Tensor to_type(const Tensor& t, at::ScalarType type) { return t.scalar_type() == type ? t : t.to(type); }
-
-// Where a product in parts is faster than one in float32: a side is packed as it is read, and used for all of the other.
-bool worth_parts(const GemmSizes& z) {
-  constexpr int64_t kLeast = 96, kDepth = 32, kWork = 1 << 21;
-  return z.m >= kLeast && z.n >= kLeast && z.k >= kDepth && z.m * z.n * z.k >= kWork;
-}
-
-// sum (+)= a b, of T: in so many parts of bfloat16, by the kernels' own product, or by the library's.
-template <class T>
-void multiply(int parts, Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
-  if (sum.stride(1) != 1 && sum.stride(0) == 1) {
-    Tensor turned = sum.t();
-    multiply<T>(parts, turned, begun, b.t(), a.t());
-    return;
-  }
-  const GemmSizes sizes{a.size(0), b.size(1), a.size(1)};
-  const auto lies_well = [](const Tensor& t) { return t.stride(0) == 1 || t.stride(1) == 1; };
-  const auto factor = [](const Tensor& t) { return Factor<T>{t.const_data_ptr<T>(), t.stride(0), t.stride(1)}; };
-  const bool in_parts = parts > 1 && worth_parts(sizes);
-  const bool own = own_gemm() && sizes.m > 1 && sizes.n > 1;  // for a vector nothing is used twice
-  if (!lies_well(a) || !lies_well(b) || sum.stride(1) != 1 || !(in_parts || own)) {
-    add_product(sum, begun, a, b);
-    return;
-  }
-  const auto& kernels = cpu_kernels();
-  T* const c = sum.mutable_data_ptr<T>();
-  if constexpr (std::is_same_v<T, float>) {
-    if (in_parts) {
-      kernels.multiply_in_parts(bf16_products(), parts, sizes, factor(a), factor(b), c, sum.stride(0), begun,
-                                threads());
-      return;
-    }
-  }
-  kernels.multiply<T>()(sizes, factor(a), factor(b), c, sum.stride(0), begun, threads());
-}
 
 template <class T>
 Tensor as(const Tensor& t) {
@@ -228,10 +194,10 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList 
       p.input = stored<T>(x);
     } else if (total > 0) {
       Tensor projection = gates.select(0, d).view({total, columns}).narrow(1, 0, cell.gates * z.units);
-      multiply<T>(scan.plan.parts, projection, false, x, as<T>(weights[l.w_ih(d)]).t());
+      multiply<T>(scan.plan.parts, threads(), projection, false, x, as<T>(weights[l.w_ih(d)]).t());
       if (scan.plan.recurrent == Recurrent::kProduct && p.h0 != nullptr) {
         initial[d] = at::empty({z.batch, cell.gates * z.units}, options);
-        multiply<T>(scan.plan.parts, initial[d], false, hx[0].select(0, d), as<T>(weights[l.w_hh(d)]).t());
+        multiply<T>(scan.plan.parts, threads(), initial[d], false, hx[0].select(0, d), as<T>(weights[l.w_hh(d)]).t());
         p.product = data<T>(initial[d]);
       }
     }
@@ -380,7 +346,7 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   if (product == scalar_type<T>) {
     if (scan.plan.parts <= 1) products.narrow = own_gemm() ? 64 : 256;
     products.add = [parts = scan.plan.parts](Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
-      multiply<T>(parts, sum, begun, a, b);
+      multiply<T>(parts, threads(), sum, begun, a, b);
     };
   }
   LayerGradients gradients(a, total, products);

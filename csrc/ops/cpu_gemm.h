@@ -1,0 +1,47 @@
+// Products of tensors on the CPU, by whoever is fastest.
+#pragma once
+
+#include <type_traits>
+
+#include "cpu/capability.h"
+#include "cpu/kernels.h"
+#include "ops/layer_op.h"
+
+namespace fastrnn {
+
+// Where a product in parts is faster than one in float32: a side is packed as it is read, and used for all of the other.
+inline bool worth_parts(const GemmSizes& z) {
+  constexpr int64_t kLeast = 96, kDepth = 32, kWork = 1 << 21;
+  return z.m >= kLeast && z.n >= kLeast && z.k >= kDepth && z.m * z.n * z.k >= kWork;
+}
+
+// sum (+)= a b, of T, on so many threads: in so many parts of bfloat16, by the kernels' own product, or by the library's,
+// which chooses its threads itself.
+template <class T>
+void multiply(int parts, int threads, Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
+  if (sum.stride(1) != 1 && sum.stride(0) == 1) {
+    Tensor turned = sum.t();
+    multiply<T>(parts, threads, turned, begun, b.t(), a.t());
+    return;
+  }
+  const GemmSizes sizes{a.size(0), b.size(1), a.size(1)};
+  const auto lies_well = [](const Tensor& t) { return t.stride(0) == 1 || t.stride(1) == 1; };
+  const auto factor = [](const Tensor& t) { return Factor<T>{t.const_data_ptr<T>(), t.stride(0), t.stride(1)}; };
+  const bool in_parts = parts > 1 && worth_parts(sizes);
+  const bool own = own_gemm() && sizes.m > 1 && sizes.n > 1;  // for a vector nothing is used twice
+  if (!lies_well(a) || !lies_well(b) || sum.stride(1) != 1 || !(in_parts || own)) {
+    add_product(sum, begun, a, b);
+    return;
+  }
+  const auto& kernels = cpu_kernels();
+  T* const c = sum.mutable_data_ptr<T>();
+  if constexpr (std::is_same_v<T, float>) {
+    if (in_parts) {
+      kernels.multiply_in_parts(bf16_products(), parts, sizes, factor(a), factor(b), c, sum.stride(0), begun, threads);
+      return;
+    }
+  }
+  kernels.multiply<T>()(sizes, factor(a), factor(b), c, sum.stride(0), begun, threads);
+}
+
+}  // namespace fastrnn
