@@ -181,32 +181,41 @@ template <int kRows, int kVectors, class T>
   } while (begin < depth);
 }
 
-// sum[i][n] = the dot product of row i of w with x[n]. W is T, or 16 bits wide. kAhead: the rows behind these are next.
-template <int kRows, bool kAhead, int kInputs, class T, class W>
-FASTRNN_INLINE void dot(T (&sum)[kRows][kInputs], const W* w, const T* const (&x)[kInputs], int64_t depth) {
+// sum[i][n] = the dot product of row i of w with x[n]. W is T, or 16 bits wide. What lies `ahead` elements behind these
+// rows is asked for in the order of memory.
+template <int kRows, int kInputs, class T, class W>
+FASTRNN_INLINE void dot(T (&sum)[kRows][kInputs], const W* w, const T* const (&x)[kInputs], int64_t depth,
+                        int64_t ahead) {
   using V = Vec<T>;
-  V s[kRows][kInputs];
-  set_zero(s);
-  const auto add = [&](int64_t k, int64_t count) {
+  constexpr int kPartials = kRows * kInputs == 1 ? 4 : 1;
+  V s[kPartials][kRows][kInputs];
+#pragma GCC unroll 32
+  for (int p = 0; p < kPartials; ++p) set_zero(s[p]);
+  const auto add = [&](int p, int64_t k, int64_t count) __attribute__((always_inline)) {
     V in[kInputs];
 #pragma GCC unroll 32
     for (int n = 0; n < kInputs; ++n) in[n] = load(x[n] + k, count);
 #pragma GCC unroll 32
     for (int i = 0; i < kRows; ++i) {
       const V weight = in_register(load(w + i * depth + k, count));
-      if constexpr (kAhead) __builtin_prefetch(w + (i + kRows) * depth + k, 0, 3);
+      __builtin_prefetch(w + ahead + kRows * k + i * V::size(), 0, 3);
 #pragma GCC unroll 32
-      for (int n = 0; n < kInputs; ++n) s[i][n] = at::vec::fmadd(in[n], weight, s[i][n]);
+      for (int n = 0; n < kInputs; ++n) s[p][i][n] = at::vec::fmadd(in[n], weight, s[p][i][n]);
     }
   };
   int64_t k = 0;
-  for (; k + V::size() <= depth; k += V::size()) add(k, V::size());
-  if (k < depth) add(k, depth - k);
+  for (; k + kPartials * V::size() <= depth; k += kPartials * V::size()) {
+#pragma GCC unroll 32
+    for (int p = 0; p < kPartials; ++p) add(p, k + p * V::size(), V::size());
+  }
+  for (; k + V::size() <= depth; k += V::size()) add(0, k, V::size());
+  if (k < depth) add(0, k, depth - k);
 #pragma GCC unroll 32
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 32
     for (int n = 0; n < kInputs; ++n) {
-      sum[i][n] = at::vec::vec_reduce_all<T>([](V a, V b) { return a + b; }, s[i][n]);
+      if constexpr (kPartials == 4) s[0][i][n] = (s[0][i][n] + s[1][i][n]) + (s[2][i][n] + s[3][i][n]);
+      sum[i][n] = at::vec::vec_reduce_all<T>([](V a, V b) { return a + b; }, s[0][i][n]);
     }
   }
 }
@@ -215,25 +224,24 @@ FASTRNN_INLINE void dot(T (&sum)[kRows][kInputs], const W* w, const T* const (&x
 inline constexpr int kDotInputs = kVectorRegisters == 32 ? 4 : 2;
 
 // sum[n][i] = the dot product of row i of w with x[n], for `count` rows, at most a vector of them. Shared by the cells.
+// Weights come fastest as one stream, row by row; several inputs are loaded once for four rows.
 template <int kInputs, class T, class W>
 [[gnu::noinline]] void dots(T (*sum)[Vec<T>::size()], const W* w, const T* const (&x)[kInputs], int64_t depth,
                             int64_t count) {
-  constexpr int kTogether = 4;
-  // The processor itself reads no further ahead than to the end of a page: a quarter of that, and asking early pays.
-  constexpr int64_t kLongRow = 1024;  // bytes
-  const auto rows = [&]<int kRows, bool kAhead>(int64_t first) {
+  constexpr int kTogether = kInputs == 1 ? 1 : 4;
+  constexpr int64_t kPage = 4096 / sizeof(W);  // the processor itself reads no further ahead than to the end of one
+  const auto rows = [&]<int kRows>(int64_t first) __attribute__((always_inline)) {
     T part[kRows][kInputs];
-    dot<kRows, kAhead>(part, w + first * depth, x, depth);
+    dot(part, w + first * depth, x, depth, kRows == 1 ? kPage : kRows * depth);
     for (int i = 0; i < kRows; ++i) {
       for (int n = 0; n < kInputs; ++n) sum[n][first + i] = part[i][n];
     }
   };
   int64_t i = 0;
-  if (depth * static_cast<int64_t>(sizeof(W)) >= kLongRow) {
-    for (; i + kTogether <= count; i += kTogether) rows.template operator()<kTogether, true>(i);
+  for (; i + kTogether <= count; i += kTogether) rows.template operator()<kTogether>(i);
+  if constexpr (kTogether > 1) {
+    for (; i < count; ++i) rows.template operator()<1>(i);
   }
-  for (; i + kTogether <= count; i += kTogether) rows.template operator()<kTogether, false>(i);
-  for (; i < count; ++i) rows.template operator()<1, false>(i);
 }
 
 // Calls f.template operator()<n>() for the run-time n in 1..kMax.

@@ -209,6 +209,11 @@ void test_tile_products() {
   test({50, 67, 385}, true, 1);
   test({97, 349, 801}, false, 3);
   test({64, 64, 64}, false, 2);
+  // few rows
+  test({1, 129, 17}, false, 1);
+  test({3, 17, 36}, true, 1);  // as few k as may be
+  test({16, 257, 193}, false, 3);
+  test({7, 385, 385}, true, 2);
 }
 
 // One layer, one direction, on random data.
