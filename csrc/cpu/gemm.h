@@ -1,4 +1,4 @@
-// Products of large matrices, at the rate of the scan's own: what surrounds a scan, where the machine's library is slower.
+// Products of matrices, at the rate of the scan's own: what surrounds a scan, where the machine's library is slower.
 // Compiled once per ISA.
 #pragma once
 
@@ -256,45 +256,44 @@ class Gemm {
   }
 };
 
-// A few rows times a matrix that lies transposed, by dot products: they would use what is packed of it too rarely to make
-// up for that.
+// A few rows times a matrix that lies transposed use what is packed of it too rarely to make up for that.
 template <class T>
-struct FewRows {
-  static bool fit(const GemmSizes& sizes, const Factor<T>& a, const Factor<T>& b) {
-    constexpr int64_t kMost = 16, kDepthOfRow = 12;  // k that make up for the end of a sum
-    return sizes.m <= kMost && kDepthOfRow * sizes.m <= sizes.k && a.column == 1 && b.row == 1 && b.column == sizes.k;
-  }
+bool few_rows(const GemmSizes& sizes, const Factor<T>& a, const Factor<T>& b) {
+  constexpr int64_t kMost = 16, kDepthOfRow = 12;  // k that make up for the end of a sum
+  return sizes.m <= kMost && kDepthOfRow * sizes.m <= sizes.k && a.column == 1 && b.row == 1 && b.column == sizes.k;
+}
 
-  static void multiply(const GemmSizes& sizes, const Factor<T>& a, const Factor<T>& b, T* c, int64_t ldc, bool add,
+// Their product, by dot products.
+template <class T>
+void multiply_few_rows(const GemmSizes& sizes, const Factor<T>& a, const Factor<T>& b, T* c, int64_t ldc, bool add,
                        int threads) {
-    constexpr int kLanes = Vec<T>::size();
-    const auto part = [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin * kLanes; j < std::min(end * kLanes, sizes.n); j += kLanes) {
-        const int64_t count = std::min<int64_t>(kLanes, sizes.n - j);
-        for_row_tiles<kDotInputs>(sizes.m, [&]<int kRows>(RowTile tile) {
-          T sums[kRows][kLanes] = {};
-          const T* x[kRows];
-          for (int r = 0; r < kRows; ++r) x[r] = a.data + (tile.first + r) * a.row;
-          dots(sums, b.data + j * b.column, x, sizes.k, count);
-          for (int r = 0; r < kRows; ++r) leave(c + (tile.first + r) * ldc + j, sums[r], count, add);
-        });
-      }
-    };
-    constexpr int64_t kLeast = 1 << 18;  // multiply-adds that a thread is called for
-    const int64_t all = blocks(sizes.n, kLanes), least = blocks(kLeast, sizes.m * sizes.k * kLanes);
-    if (threads <= 1 || all <= least) {
-      part(0, all);
-    } else {
-      at::parallel_for(0, all, std::max(least, blocks(all, threads)), part);
+  constexpr int kLanes = Vec<T>::size();
+  const auto part = [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin * kLanes; j < std::min(end * kLanes, sizes.n); j += kLanes) {
+      const int64_t count = std::min<int64_t>(kLanes, sizes.n - j);
+      for_row_tiles<kDotInputs>(sizes.m, [&]<int kRows>(RowTile tile) {
+        T sums[kRows][kLanes] = {};
+        const T* x[kRows];
+        for (int r = 0; r < kRows; ++r) x[r] = a.data + (tile.first + r) * a.row;
+        dots(sums, b.data + j * b.column, x, sizes.k, count);
+        for (int r = 0; r < kRows; ++r) leave(c + (tile.first + r) * ldc + j, sums[r], count, add);
+      });
     }
+  };
+  constexpr int64_t kLeast = 1 << 18;  // multiply-adds that a thread is called for
+  const int64_t all = blocks(sizes.n, kLanes), least = blocks(kLeast, sizes.m * sizes.k * kLanes);
+  if (threads <= 1 || all <= least) {
+    part(0, all);
+  } else {
+    at::parallel_for(0, all, std::max(least, blocks(all, threads)), part);
   }
-};
+}
 
 template <class T>
-void multiply_large(const GemmSizes& sizes, const Factor<T>& a, const Factor<T>& b, T* c, int64_t ldc, bool add,
-                    int threads) {
-  if (FewRows<T>::fit(sizes, a, b)) {
-    FewRows<T>::multiply(sizes, a, b, c, ldc, add, threads);
+void multiply_matrices(const GemmSizes& sizes, const Factor<T>& a, const Factor<T>& b, T* c, int64_t ldc, bool add,
+                       int threads) {
+  if (few_rows(sizes, a, b)) {
+    multiply_few_rows(sizes, a, b, c, ldc, add, threads);
     return;
   }
   const auto make = [](int64_t depth, int64_t columns) { return TileProducts<T>(depth, columns); };

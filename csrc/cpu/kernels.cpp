@@ -19,8 +19,8 @@ constexpr CpuKernels cpu_kernels_of(const char* name, CellList<Cells...>) {
   return {name,
           {scan_kernels<Cells, float>()...},
           {scan_kernels<Cells, double>()...},
-          &multiply_large<float>,
-          &multiply_large<double>,
+          &multiply_matrices<float>,
+          &multiply_matrices<double>,
           &multiply_in_parts};
 }
 

@@ -198,7 +198,7 @@ void test_part_products(int parts, const GemmSizes& sizes, bool add, int threads
 template <class T>
 void test_tile_products() {
   const auto test = [](const GemmSizes& sizes, bool add, int threads) {
-    const auto multiply = [&](const auto&... all) { multiply_large<T>(all..., threads); };
+    const auto multiply = [&](const auto&... all) { multiply_matrices<T>(all..., threads); };
     test_gemm<T>(multiply, 8 * std::numeric_limits<T>::epsilon(), sizes, add);
   };
   test({1, 1, 1}, false, 1);
