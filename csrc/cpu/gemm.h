@@ -47,11 +47,7 @@ void pack_square(const Factor<T>& from, int64_t rows, int64_t columns, T* to, in
   } else if (rows >= kLanes && columns >= kLanes) {
     transpose_square(from.data, from.column, to, to_stride);
   } else {
-    T part[kLanes * kLanes];
-    for (int64_t c = 0; c < kLanes; ++c) {
-      (c < columns ? load(from.data + c * from.column, rows) : Vec<T>(0)).store(part + c * kLanes);
-    }
-    transpose_square(part, kLanes, to, to_stride);
+    transpose_square(from.data, from.column, to, to_stride, columns, rows, kLanes);
   }
 }
 

@@ -156,47 +156,56 @@ FASTRNN_INLINE V multiply_add(const V& a, const V& b, const V& c) {
   return each([](auto x, auto y, auto z) { return at::vec::fmadd(x, y, z); }, a, b, c);
 }
 
-// x * 2^n, n whole
+// 2^n, of a float whose lowest bits are those of n + 127, as the exponent of a float is stored.
 template <class V>
-FASTRNN_INLINE V times_power_of_two(const V& x, const V& n) {
+FASTRNN_INLINE V power_of_two(const V& x) {
   return each(
-      [](Vec<float> y, Vec<float> m) -> Vec<float> {
+      [](Vec<float> y) -> Vec<float> {
 #if defined(CPU_CAPABILITY_AVX512)
-        return _mm512_scalef_ps(y, m);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(y), 23));
 #else
-        const auto exponent = at::vec::convert_to_int_of_same_size(m) + at::vec::Vectorized<int32_t>(127);
-        return y * at::vec::cast<float>(exponent << at::vec::Vectorized<int32_t>(23));
+        return at::vec::cast<float>(at::vec::cast<int32_t>(y) << at::vec::Vectorized<int32_t>(23));
 #endif
       },
-      x, n);
+      x);
 }
 
-// A division of full-width vectors takes as long as eight multiplications; the estimate of the reciprocal, right to 14
-// bits, with one Newton step takes three and errs by half a unit and a sixteenth. x lies within [1, 2^127).
-template <class V>
-FASTRNN_INLINE V reciprocal(const V& x) {
+// A division of full-width vectors takes as long as eight multiplications on many processors; the estimate of the
+// reciprocal, right to 14 bits, and one Newton step take three, or four with a dividend, and err by half a unit and a
+// sixteenth. The divisor lies within [1, 2^127), and is no less than the dividend.
 #if defined(CPU_CAPABILITY_AVX512)
-  const V r = each([](Vec<float> y) -> Vec<float> { return _mm512_rcp14_ps(y); }, x);
-  const V rest = each([](Vec<float> y, Vec<float> s) -> Vec<float> { return _mm512_fnmadd_ps(y, s, Vec<float>(1)); }, x,
-                      r);
-  return multiply_add(rest, r, r);
+FASTRNN_INLINE Vec<float> estimate(Vec<float> x) { return _mm512_rcp14_ps(x); }
+FASTRNN_INLINE Vec<float> residual(Vec<float> a, Vec<float> q, Vec<float> b) { return _mm512_fnmadd_ps(q, b, a); }
+#endif
+
+// a / b
+template <class V>
+FASTRNN_INLINE V quotient(const V& a, const V& b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const V r = each([](Vec<float> y) { return estimate(y); }, b);
+  const V q = a * r;
+  return multiply_add(each([](Vec<float> x, Vec<float> y, Vec<float> z) { return residual(x, y, z); }, a, q, b), r, q);
 #else
-  return each([](Vec<float> y) { return Vec<float>(1) / y; }, x);
+  return each([](Vec<float> x, Vec<float> y) { return x / y; }, a, b);
 #endif
 }
 
-// x < bound ? a : b; the latter for NaN
+// of < bound ? 0 : 1 / x; the latter for NaN
 template <class V>
-FASTRNN_INLINE V if_less(const V& x, float bound, const V& a, const V& b) {
+FASTRNN_INLINE V reciprocal_or_zero(const V& x, const V& of, float bound) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const V r = each([](Vec<float> y) { return estimate(y); }, x);
+  const V rest = each([](Vec<float> y, Vec<float> z) { return residual(Vec<float>(1), y, z); }, r, x);
   return each(
-      [=](Vec<float> y, Vec<float> less, Vec<float> other) -> Vec<float> {
-#if defined(CPU_CAPABILITY_AVX512)
-        return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(y, Vec<float>(bound), _CMP_LT_OQ), other, less);
-#else
-        return Vec<float>::blendv(other, less, y < Vec<float>(bound));
-#endif
+      [=](Vec<float> y, Vec<float> z, Vec<float> w) -> Vec<float> {
+        return _mm512_maskz_fmadd_ps(_mm512_cmp_ps_mask(w, Vec<float>(bound), _CMP_NLT_UQ), y, z, z);
       },
-      x, a, b);
+      rest, r, of);
+#else
+  return each([=](Vec<float> y,
+                  Vec<float> w) { return Vec<float>::blendv(Vec<float>(1) / y, Vec<float>(0), w < Vec<float>(bound)); },
+              x, of);
+#endif
 }
 
 // Of a vector V of T, or of several.
@@ -220,11 +229,11 @@ struct DoubleMath : VecMath<V, double> {
   }
 };
 
-// Sleef's float functions are right to 1 ulp, and make the cell four to seven times dearer than these, which are right
-// to 3: e^x = 2^n e^r with |r| <= ln(2)/2 (Cody and Waite's reduction), and a polynomial for e^r.
+// Sleef's float functions are right to 1 ulp, and make the cell five to nine times dearer than these, which are right to
+// 2.6 within 8: e^x = 2^n e^r with |r| <= ln(2)/2, and a polynomial for e^r.
 template <class V>
 struct FloatMath : VecMath<V, float> {
-  static constexpr float kLog2E = 1.44269504088896341f;
+  static constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // products with the high part are exact
   // (e^r - 1 - r) / r^2: minimax for the relative error of e^r, which is 4e-9
   static constexpr float kExp[] = {0.49999994f, 0.16666521f, 0.04166839f, 0.008368745f, 0.001381454f};
@@ -242,36 +251,48 @@ struct FloatMath : VecMath<V, float> {
     return p;
   }
 
-  // x * factor, rounded to a whole number of at most 2^21: a sum with this number leaves no room for the fraction.
-  static FASTRNN_INLINE V rounded_product(const V& x, float factor) {
-    constexpr float kNoFraction = 12582912.0f;  // 3 * 2^22
-    return multiply_add(x, V(factor), V(kNoFraction)) - V(kNoFraction);
+  struct Exponent {
+    V n, power;  // whole, and 2^n
+  };
+
+  // x * factor, rounded to a whole number of -126 to 127: a sum with this number leaves no room for the fraction, and has
+  // n + 127 in its lowest bits.
+  static FASTRNN_INLINE Exponent exponent(const V& x, float factor) {
+    constexpr float kNoFraction = 12582912.0f + 127;  // 3 * 2^22
+    const V sum = multiply_add(x, V(factor), V(kNoFraction));
+    return {sum - V(kNoFraction), power_of_two(sum)};
+  }
+
+  // x + n * factor * ln(2); `factor` is a power of two. Where the product is not rounded, one of a float's ln(2) leaves out
+  // a unit of e^x for every 30 of x.
+  static FASTRNN_INLINE V plus_ln2(const V& x, const V& n, float factor) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2) || defined(__aarch64__)
+    return multiply_add(n, V(factor * kLn2), x);
+#else  // Cody and Waite's reduction
+    return multiply_add(n, V(factor * kLn2Low), multiply_add(n, V(factor * kLn2High), x));
+#endif
   }
 
   static FASTRNN_INLINE V sigmoid(const V& x) {
     // passes NaN on
     const V within = each([](Vec<float> y) { return at::vec::clamp(y, Vec<float>(-87.5f), Vec<float>(87.0f)); }, x);
-    const V n = rounded_product(within, -kLog2E);
-    V r = multiply_add(n, V(kLn2High), within);  // of the opposite sign: e^-x = 2^n e^-r
-    r = multiply_add(n, V(kLn2Low), r);
-    V e = multiply_add(exp_tail(r, -1.0f, 1.0f), r, V(-1));
-    e = times_power_of_two(multiply_add(e, r, V(1)), n);
-    return if_less(x, -87.33654f, V(0), reciprocal(V(1) + e));  // denormals, and exactly zero at minus infinity
+    const auto [n, power] = exponent(within, -kLog2E);
+    const V r = plus_ln2(within, n, 1.0f);  // of the opposite sign: e^-x = 2^n e^-r
+    const V e = multiply_add(multiply_add(exp_tail(r, -1.0f, 1.0f), r, V(-1)), r, V(1));
+    // zero for denormals, and exactly at minus infinity
+    return reciprocal_or_zero(multiply_add(e, power, V(1)), x, -87.33654f);
   }
 
-  // With f = (e^2|x| - 1) / 2 it is f / (f + 1), which keeps its digits near zero, and 1 - 1 / (f + 1), which errs by
-  // half a unit near one, where the derivative 1 - y^2 shows every unit of y.
+  // f / (f + 1) with f = (e^2|x| - 1) / 2: it keeps its digits near zero, and near one, where the derivative 1 - y^2 shows
+  // every unit of y, what f errs by is gone.
   static FASTRNN_INLINE V tanh(const V& x) {
     // beyond 9.1 tanh is 1 in float; passes NaN on
     const V magnitude = each([](Vec<float> y) { return at::vec::clamp_max(y.abs(), Vec<float>(9.1f)); }, x);
-    const V n = rounded_product(magnitude, 2 * kLog2E);
-    V h = multiply_add(n, V(-kLn2High / 2), magnitude);  // half of r
-    h = multiply_add(n, V(-kLn2Low / 2), h);
+    const auto [n, power] = exponent(magnitude, 2 * kLog2E);
+    const V h = plus_ln2(magnitude, n, -0.5f);  // half of r
     const V m = multiply_add(exp_tail(h, 2.0f, 2.0f) * h, h, h);  // (e^r - 1) / 2
-    const V scale = times_power_of_two(V(1), n);
-    const V f = multiply_add(scale, m, multiply_add(scale, V(0.5f), V(-0.5f)));
-    const V r = reciprocal(f + V(1));
-    const V y = if_less(magnitude, 0.55f, f * r, V(1) - r);
+    const V f = multiply_add(power, m, multiply_add(power, V(0.5f), V(-0.5f)));
+    const V y = quotient(f, f + V(1));
     return each([](Vec<float> z, Vec<float> of) { return z | (of & Vec<float>(-0.0f)); }, y, x);
   }
 };
