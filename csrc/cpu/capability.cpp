@@ -23,9 +23,7 @@ CpuCapability choose() {
 
 bool choose_gemm() {
   const std::string wanted = setting("FASTRNN_CPU_GEMM", {"auto", "own", "library"});
-#ifdef FASTRNN_X86
-  if (wanted == "auto") return cpu_capability() == CpuCapability::kAvx512 && !__builtin_cpu_is("intel");
-#endif
+  if (wanted == "auto") return cpu_capability() == CpuCapability::kAvx512 && library_is_foreign();
   return wanted == "own";
 }
 
@@ -46,6 +44,15 @@ std::string setting(const char* variable, std::initializer_list<const char*> val
 CpuCapability cpu_capability() {
   static const CpuCapability capability = choose();
   return capability;
+}
+
+bool library_is_foreign() {
+#ifdef FASTRNN_X86
+  __builtin_cpu_init();
+  return !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
 }
 
 bool own_gemm() {

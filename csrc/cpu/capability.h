@@ -22,8 +22,12 @@ bool has_bf16_dot();
 // Is there an instruction for dot products of 8-bit integers (AVX512-VNNI) beside the capability in use?
 bool has_int8_dot();
 
-// Are large products faster by the kernels' own tiles than by the library? MKL has no code for AVX-512 but for Intel's
-// processors, and takes twice as long on others. FASTRNN_CPU_GEMM is auto, own or library. Throws std::invalid_argument
+// Is this a processor that torch's library, MKL, was not written for, one that is not Intel's? It has no code for AVX-512
+// there, and adds up all k of a product one after another.
+bool library_is_foreign();
+
+// Are large products faster by the kernels' own tiles than by the library? A foreign one takes twice as long on processors
+// with AVX-512. FASTRNN_CPU_GEMM is auto, own or library. Throws std::invalid_argument
 // for any other value.
 bool own_gemm();
 

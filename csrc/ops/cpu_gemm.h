@@ -1,6 +1,10 @@
 // Products of tensors on the CPU, by whoever is fastest.
 #pragma once
 
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mm.h>
+
+#include <algorithm>
 #include <type_traits>
 
 #include "cpu/capability.h"
@@ -13,6 +17,25 @@ namespace fastrnn {
 inline bool worth_parts(const GemmSizes& z) {
   constexpr int64_t kLeast = 96, kDepth = 32, kWork = 1 << 21;
   return z.m >= kLeast && z.n >= kLeast && z.k >= kDepth && z.m * z.n * z.k >= kWork;
+}
+
+// sum (+)= a b by the library. A sum of thousands of products, each added to those before, errs several times as much as
+// one of chunks; it is worth the memory of a chunk's where that is less than what is multiplied.
+inline void multiply_by_library(Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
+  constexpr int64_t kMost = 512;
+  const int64_t m = a.size(0), n = b.size(1), k = a.size(1);
+  if (!library_is_foreign() || k <= kMost || m * n > (m + n) * k) {
+    add_product(sum, begun, a, b);
+    return;
+  }
+  const Tensor chunk = at::empty_like(sum);
+  for (int64_t first = 0; first < k; first += kMost) {
+    const int64_t count = std::min(kMost, k - first);
+    Tensor to = begun ? chunk : sum;
+    at::mm_out(to, a.narrow(1, first, count), b.narrow(0, first, count));
+    if (begun) sum.add_(chunk);
+    begun = true;
+  }
 }
 
 // sum (+)= a b, of T, on so many threads: in so many parts of bfloat16, by the kernels' own product, or by the library's,
@@ -30,7 +53,7 @@ void multiply(int parts, int threads, Tensor& sum, bool begun, const Tensor& a, 
   const bool in_parts = parts > 1 && worth_parts(sizes);
   const bool own = own_gemm() && sizes.m > 1 && sizes.n > 1;  // for a vector nothing is used twice
   if (!lies_well(a) || !lies_well(b) || sum.stride(1) != 1 || !(in_parts || own)) {
-    add_product(sum, begun, a, b);
+    multiply_by_library(sum, begun, a, b);
     return;
   }
   const auto& kernels = cpu_kernels();
