@@ -148,6 +148,7 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList 
   const CellTraits& cell = traits(kind);
   const Sizes z(l);
   Tensors hx;
+  hx.reserve(stored_hx.size());
   for (const Tensor& state : stored_hx) hx.push_back(as<T>(state));
   const auto options = input.options().dtype(scalar_type<T>);
   const Scan scan = make_scan(kind, l, z, table, storage_of(input), parts, false, false);
@@ -161,7 +162,7 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList 
   Tensor gates;
   if (!projects || need_reserve) gates = with_huge_pages(result.allocate_gates(z, columns, options));
 
-  const Tensor x = (scan.plan.parts > 0 && projects ? input.contiguous() : as<T>(input)).reshape({total, z.inputs});
+  const Tensor x = scan.plan.parts > 0 && projects ? input.contiguous() : as<T>(input);
   const int64_t bias_width = (cell.gates + cell.separate) * z.units;
   const at::DataPtr bias = temporary(directions * bias_width * static_cast<int64_t>(sizeof(T)));
   ForwardParams<T> params[2];
@@ -194,7 +195,8 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList 
       p.input = stored<T>(x);
     } else if (total > 0) {
       Tensor projection = gates.select(0, d).view({total, columns}).narrow(1, 0, cell.gates * z.units);
-      multiply<T>(scan.plan.parts, threads(), projection, false, x, as<T>(weights[l.w_ih(d)]).t());
+      multiply<T>(scan.plan.parts, threads(), projection, false, x.view({total, z.inputs}),
+                  as<T>(weights[l.w_ih(d)]).t());
       if (scan.plan.recurrent == Recurrent::kProduct && p.h0 != nullptr) {
         initial[d] = at::empty({z.batch, cell.gates * z.units}, options);
         multiply<T>(scan.plan.parts, threads(), initial[d], false, hx[0].select(0, d), as<T>(weights[l.w_hh(d)]).t());
@@ -209,7 +211,7 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList 
   if (scan.plan.parts > 1 && has_nan(result.output)) return {};
   clear_padding(table, result.cells);
   if (need_reserve) clear_padding(table, gates);
-  return result.with_reserve(need_reserve ? gates : at::empty({0}, options));
+  return result.with_reserve(need_reserve ? gates : empty({0}, options));
 }
 
 // The h that entered each of some steps, as a copy: [range.rows, outputs], zeros where none did. Row i of a step's

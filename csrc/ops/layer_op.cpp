@@ -3,6 +3,7 @@
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/sum.h>
@@ -14,12 +15,16 @@
 namespace fastrnn {
 namespace {
 
-Tensor allocate(std::vector<int64_t> rows, int64_t last, const at::TensorOptions& options) {
+Tensor allocate(at::DimVector rows, int64_t last, const at::TensorOptions& options) {
   rows.push_back(last);
-  return at::empty(rows, options);
+  return empty(rows, options);
 }
 
 }  // namespace
+
+Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  return options.device().is_cpu() ? at::cpu::empty(sizes, options) : at::empty(sizes, options);
+}
 
 Tensor rows_of(const Tensor& t, int64_t first, int64_t count) {
   return count == t.size(0) ? t : t.narrow(0, first, count);
@@ -53,20 +58,23 @@ LayerResult::LayerResult(CellKind kind, const Sizes& z, at::IntArrayRef input, c
     : rows(input.begin(), input.end() - 1) {
   const at::TensorOptions of_states = options.dtype(states);
   output = allocate(rows, z.directions * z.outputs, options);
-  h_n = at::empty({z.directions, z.batch, z.outputs}, of_states);
+  h_n = empty({z.directions, z.batch, z.outputs}, of_states);
   if (traits(kind).states == 1) return;
-  c_n = at::empty({z.directions, z.batch, z.units}, of_states);
+  c_n = empty({z.directions, z.batch, z.units}, of_states);
   if (need_steps) cells = allocate(rows, z.directions * z.units, of_states);
 }
 
 Tensor LayerResult::allocate_gates(const Sizes& z, int64_t columns, at::TensorOptions options) const {
-  std::vector<int64_t> shape = rows;
+  at::DimVector shape = rows;
   shape.insert(shape.begin(), z.directions);
   return allocate(shape, columns, options);
 }
 
 Tensors LayerResult::with_reserve(const Tensor& reserve) const {
-  Tensors all{output, h_n};
+  Tensors all;
+  all.reserve(5);
+  all.push_back(output);
+  all.push_back(h_n);
   if (c_n.defined()) all.push_back(c_n);
   if (cells.defined()) all.push_back(cells);
   all.push_back(reserve);

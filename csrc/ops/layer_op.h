@@ -1,6 +1,7 @@
 // What the ops of every device share: sizes, results, and the GEMMs after a backward scan.
 #pragma once
 
+#include <ATen/core/DimVector.h>
 #include <ATen/ops/empty.h>
 
 #include <functional>
@@ -25,6 +26,9 @@ struct Sizes {
 // Of the four dtypes that the layers take; an error for any other.
 Storage storage_of(const Tensor& t);
 
+// at::empty, on the CPU without the dispatcher: a small layer takes less time than a few calls through it.
+Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options);
+
 // The data of a tensor, null where it is undefined or has none.
 template <class T>
 const T* data(const Tensor& t) {
@@ -38,11 +42,11 @@ Stored<T> stored(const Tensor& t) {
 
 // What a layer returns but for the reserve, in that order: output, h_n, c_n, c of every step.
 struct LayerResult {
-  std::vector<int64_t> rows;  // [T, N] or [N, T] or [rows]: the dimensions of the input but the last
-  Tensor output;              // [rows, D*outputs]
-  Tensor h_n;                 // [D, N, outputs]
-  Tensor c_n;                 // [D, N, H], if the cell has it
-  Tensor cells;               // [rows, D*H], if asked for
+  at::DimVector rows;  // [T, N] or [N, T] or [rows]: the dimensions of the input but the last
+  Tensor output;       // [rows, D*outputs]
+  Tensor h_n;          // [D, N, outputs]
+  Tensor c_n;          // [D, N, H], if the cell has it
+  Tensor cells;        // [rows, D*H], if asked for
 
   // `input`: its sizes. `states`: the type of all but the output.
   LayerResult(CellKind kind, const Sizes& z, at::IntArrayRef input, const at::TensorOptions& options,

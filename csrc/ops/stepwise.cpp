@@ -183,7 +183,7 @@ Tensors stepwise_layer(CellKind kind, const Gpu& gpu, const Tensor& input, Tenso
   p.c_n = mutable_pointer(result.c_n);
   p.table = steps.at(0, false);
   if (run_persistent(kind, storage, gpu, l, weights, p, steps.step_stride(), steps.packed())) {
-    return result.with_reserve(need_reserve ? gates : at::empty({0}, sums));
+    return result.with_reserve(need_reserve ? gates : empty({0}, sums));
   }
 
   const auto zeros_or = [&](size_t s, int64_t width, const at::TensorOptions& type) {
@@ -223,7 +223,7 @@ Tensors stepwise_layer(CellKind kind, const Gpu& gpu, const Tensor& input, Tenso
       forward_projected(storage, p, gpu.stream);
     }
   }
-  return result.with_reserve(need_reserve ? gates : at::empty({0}, sums));
+  return result.with_reserve(need_reserve ? gates : empty({0}, sums));
 }
 
 Tensors stepwise_layer_backward(CellKind kind, const Gpu& gpu, const OptionalTensors& grad_outputs, const Tensor& input,
