@@ -9,10 +9,7 @@
 
 #include "cpu/capability.h"
 #include "cpu/denormals.h"
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
+#include "cpu/huge_pages.h"
 
 namespace fastrnn {
 
@@ -68,8 +65,6 @@ void check_layers(CellKind kind, const std::vector<StreamingWeights<T>>& layers,
   }
 }
 
-constexpr int64_t kHugePage = 2 << 20;
-
 template <class T>
 int64_t state_bytes(const std::vector<StreamingWeights<T>>& layers, int64_t batch) {
   int64_t values = 0;
@@ -107,9 +102,7 @@ AlignedMemory::AlignedMemory(int64_t bytes) : bytes_(bytes) {
   const int64_t size = std::max<int64_t>(1, (bytes + alignment - 1) / alignment) * alignment;
   memory_.reset(static_cast<char*>(std::aligned_alloc(alignment, size)));
   if (memory_ == nullptr) throw std::bad_alloc();
-#ifdef __linux__
-  if (bytes >= kHugePage) madvise(memory_.get(), size, MADV_HUGEPAGE);  // advice: no matter if it is not taken
-#endif
+  advise_huge_pages(memory_.get(), size);
   std::memset(memory_.get(), 0, size);
 }
 

@@ -4,7 +4,6 @@
 #include <ATen/ops/zeros.h>
 #include <c10/core/CPUAllocator.h>
 #include <pthread.h>
-#include <sys/mman.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -13,6 +12,7 @@
 #include <cstring>
 
 #include "cpu/capability.h"
+#include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 #include "ops/cpu_gemm.h"
 #include "ops/cpu_plan.h"
@@ -62,18 +62,6 @@ Stored<T> direction(const Stored<T>& of, int d, int64_t stride) {
   return of.data == nullptr ? of : of.from(d * stride);
 }
 
-constexpr int64_t kHugePage = 2 << 20;
-
-// Asks for huge pages wherever whole ones lie in this memory. A hint that any system may ignore.
-void advise_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  const auto begin = reinterpret_cast<uintptr_t>(memory);
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage,
-                  end = (begin + bytes) / kHugePage * kHugePage;
-  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#endif
-}
-
 // Large buffers are fresh memory at every call, and the first touch of a page costs more than writing it: 33 against 17 ms
 // for 67 MB, with 4 KiB and 2 MiB a page.
 Tensor with_huge_pages(Tensor buffer) {
@@ -97,11 +85,9 @@ class Scratch {
       begin_ = memory_.get();
       return;
     }
-    const int64_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-    memory_ = temporary(whole + kHugePage);  // whose remainders are never touched
-    const auto first = reinterpret_cast<uintptr_t>(memory_.get());
-    begin_ = reinterpret_cast<void*>((first + kHugePage - 1) / kHugePage * kHugePage);
-    advise_huge_pages(begin_, whole);
+    memory_ = temporary(whole_huge_pages(bytes) + kHugePage);  // whose remainders are never touched
+    begin_ = reinterpret_cast<void*>(whole_huge_pages(reinterpret_cast<intptr_t>(memory_.get())));
+    advise_huge_pages(begin_, whole_huge_pages(bytes));
   }
   void* get() const { return begin_; }
 
