@@ -171,22 +171,31 @@ FASTRNN_INLINE V power_of_two(const V& x) {
 }
 
 // A division of full-width vectors takes as long as eight multiplications on many processors; the estimate of the
-// reciprocal, right to 14 bits, and one Newton step take three, or four with a dividend, and err by half a unit and a
-// sixteenth. The divisor lies within [1, 2^127), and is no less than the dividend.
+// reciprocal, right to 14 bits, with one Newton step takes three and errs by half a unit and a sixteenth. x lies within
+// [1, 2^127).
 #if defined(CPU_CAPABILITY_AVX512)
-FASTRNN_INLINE Vec<float> estimate(Vec<float> x) { return _mm512_rcp14_ps(x); }
-FASTRNN_INLINE Vec<float> residual(Vec<float> a, Vec<float> q, Vec<float> b) { return _mm512_fnmadd_ps(q, b, a); }
+template <class V>
+struct Estimate {
+  V r, rest;  // the reciprocal is r + rest r
+};
+
+template <class V>
+FASTRNN_INLINE Estimate<V> estimate(const V& x) {
+  const V r = each([](Vec<float> y) -> Vec<float> { return _mm512_rcp14_ps(y); }, x);
+  const V rest = each([](Vec<float> y, Vec<float> s) -> Vec<float> { return _mm512_fnmadd_ps(y, s, Vec<float>(1)); }, x,
+                      r);
+  return {r, rest};
+}
 #endif
 
-// a / b
+// 1 / x
 template <class V>
-FASTRNN_INLINE V quotient(const V& a, const V& b) {
+FASTRNN_INLINE V reciprocal(const V& x) {
 #if defined(CPU_CAPABILITY_AVX512)
-  const V r = each([](Vec<float> y) { return estimate(y); }, b);
-  const V q = a * r;
-  return multiply_add(each([](Vec<float> x, Vec<float> y, Vec<float> z) { return residual(x, y, z); }, a, q, b), r, q);
+  const auto [r, rest] = estimate(x);
+  return multiply_add(rest, r, r);
 #else
-  return each([](Vec<float> x, Vec<float> y) { return x / y; }, a, b);
+  return each([](Vec<float> y) { return Vec<float>(1) / y; }, x);
 #endif
 }
 
@@ -194,18 +203,30 @@ FASTRNN_INLINE V quotient(const V& a, const V& b) {
 template <class V>
 FASTRNN_INLINE V reciprocal_or_zero(const V& x, const V& of, float bound) {
 #if defined(CPU_CAPABILITY_AVX512)
-  const V r = each([](Vec<float> y) { return estimate(y); }, x);
-  const V rest = each([](Vec<float> y, Vec<float> z) { return residual(Vec<float>(1), y, z); }, r, x);
+  const auto [r, rest] = estimate(x);
   return each(
       [=](Vec<float> y, Vec<float> z, Vec<float> w) -> Vec<float> {
         return _mm512_maskz_fmadd_ps(_mm512_cmp_ps_mask(w, Vec<float>(bound), _CMP_NLT_UQ), y, z, z);
       },
       rest, r, of);
 #else
-  return each([=](Vec<float> y,
-                  Vec<float> w) { return Vec<float>::blendv(Vec<float>(1) / y, Vec<float>(0), w < Vec<float>(bound)); },
-              x, of);
+  return each([=](Vec<float> y, Vec<float> w) { return Vec<float>::blendv(y, Vec<float>(0), w < Vec<float>(bound)); },
+              reciprocal(x), of);
 #endif
+}
+
+// x < bound ? a * b : c; the latter for NaN
+template <class V>
+FASTRNN_INLINE V product_if_less(const V& x, float bound, const V& a, const V& b, const V& c) {
+  return each(
+      [=](Vec<float> y, Vec<float> s, Vec<float> t, Vec<float> other) -> Vec<float> {
+#if defined(CPU_CAPABILITY_AVX512)
+        return _mm512_mask_mul_ps(other, _mm512_cmp_ps_mask(y, Vec<float>(bound), _CMP_LT_OQ), s, t);
+#else
+        return Vec<float>::blendv(other, s * t, y < Vec<float>(bound));
+#endif
+      },
+      x, a, b, c);
 }
 
 // Of a vector V of T, or of several.
@@ -230,7 +251,7 @@ struct DoubleMath : VecMath<V, double> {
 };
 
 // Sleef's float functions are right to 1 ulp, and make the cell five to nine times dearer than these, which are right to
-// 2.6 within 8: e^x = 2^n e^r with |r| <= ln(2)/2, and a polynomial for e^r.
+// 3 within 8: e^x = 2^n e^r with |r| <= ln(2)/2, and a polynomial for e^r.
 template <class V>
 struct FloatMath : VecMath<V, float> {
   static constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
@@ -283,8 +304,8 @@ struct FloatMath : VecMath<V, float> {
     return reciprocal_or_zero(multiply_add(e, power, V(1)), x, -87.33654f);
   }
 
-  // f / (f + 1) with f = (e^2|x| - 1) / 2: it keeps its digits near zero, and near one, where the derivative 1 - y^2 shows
-  // every unit of y, what f errs by is gone.
+  // With f = (e^2|x| - 1) / 2 it is f / (f + 1), which keeps its digits near zero, and 1 - 1 / (f + 1), which errs by
+  // half a unit near one, where the derivative 1 - y^2 shows every unit of y.
   static FASTRNN_INLINE V tanh(const V& x) {
     // beyond 9.1 tanh is 1 in float; passes NaN on
     const V magnitude = each([](Vec<float> y) { return at::vec::clamp_max(y.abs(), Vec<float>(9.1f)); }, x);
@@ -292,7 +313,8 @@ struct FloatMath : VecMath<V, float> {
     const V h = plus_ln2(magnitude, n, -0.5f);  // half of r
     const V m = multiply_add(exp_tail(h, 2.0f, 2.0f) * h, h, h);  // (e^r - 1) / 2
     const V f = multiply_add(power, m, multiply_add(power, V(0.5f), V(-0.5f)));
-    const V y = quotient(f, f + V(1));
+    const V r = reciprocal(f + V(1));
+    const V y = product_if_less(magnitude, 0.55f, f, r, V(1) - r);
     return each([](Vec<float> z, Vec<float> of) { return z | (of & Vec<float>(-0.0f)); }, y, x);
   }
 };
