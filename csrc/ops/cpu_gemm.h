@@ -19,12 +19,13 @@ inline bool worth_parts(const GemmSizes& z) {
   return z.m >= kLeast && z.n >= kLeast && z.k >= kDepth && z.m * z.n * z.k >= kWork;
 }
 
-// sum (+)= a b by the library. A sum of thousands of products, each added to those before, errs several times as much as
-// one of chunks; it is worth the memory of a chunk's where that is less than what is multiplied.
+// sum (+)= a b by the library. A sum of hundreds of products, each added to those before, errs several times as much as
+// one of chunks; of matrices it is worth a call for each, and the memory, where that is less than what is multiplied.
 inline void multiply_by_library(Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
-  constexpr int64_t kMost = 512;
+  constexpr int64_t kMost = 128;
   const int64_t m = a.size(0), n = b.size(1), k = a.size(1);
-  if (!library_is_foreign() || k <= kMost || m * n > (m + n) * k) {
+  const bool worth_it = m > 1 && n > 1 && m * n <= (m + n) * k;
+  if (!library_is_foreign() || k <= kMost || !worth_it) {
     add_product(sum, begun, a, b);
     return;
   }
