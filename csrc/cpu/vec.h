@@ -251,10 +251,10 @@ struct DoubleMath : VecMath<V, double> {
 };
 
 // Sleef's float functions are right to 1 ulp, and make the cell five to nine times dearer than these, which are right to
-// 3 within 8: e^x = 2^n e^r with |r| <= ln(2)/2, and a polynomial for e^r.
+// 3: e^x = 2^n e^r with |r| <= ln(2)/2 (Cody and Waite's reduction), and a polynomial for e^r.
 template <class V>
 struct FloatMath : VecMath<V, float> {
-  static constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+  static constexpr float kLog2E = 1.44269504088896341f;
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // products with the high part are exact
   // (e^r - 1 - r) / r^2: minimax for the relative error of e^r, which is 4e-9
   static constexpr float kExp[] = {0.49999994f, 0.16666521f, 0.04166839f, 0.008368745f, 0.001381454f};
@@ -284,14 +284,9 @@ struct FloatMath : VecMath<V, float> {
     return {sum - V(kNoFraction), power_of_two(sum)};
   }
 
-  // x + n * factor * ln(2); `factor` is a power of two. Where the product is not rounded, one of a float's ln(2) leaves out
-  // a unit of e^x for every 30 of x.
+  // x + n * factor * ln(2); `factor` is a power of two.
   static FASTRNN_INLINE V plus_ln2(const V& x, const V& n, float factor) {
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2) || defined(__aarch64__)
-    return multiply_add(n, V(factor * kLn2), x);
-#else  // Cody and Waite's reduction
     return multiply_add(n, V(factor * kLn2Low), multiply_add(n, V(factor * kLn2High), x));
-#endif
   }
 
   static FASTRNN_INLINE V sigmoid(const V& x) {
