@@ -118,10 +118,7 @@ class _Layers(torch.nn.RNNBase):
         # never _flat_weights: _parameters is what torch.func.functional_call writes to; what is missing there is an
         # attribute, of a parametrization, a pruning hook or a data-parallel replica
         p: dict[str, Any] = self._parameters
-        try:
-            return [*map(p.__getitem__, self._flat_weights_names)]
-        except KeyError:
-            return [p[name] if name in p else getattr(self, name) for name in self._flat_weights_names]
+        return [p[name] if name in p else getattr(self, name) for name in self._flat_weights_names]
 
     def _hidden_dims_error(self, hx: Any, dim: int) -> str | None:
         """The complaint about a hidden state that is not ``dim``-dimensional."""

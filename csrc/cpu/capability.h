@@ -27,8 +27,7 @@ bool has_int8_dot();
 bool library_is_foreign();
 
 // Are large products faster by the kernels' own tiles than by the library? A foreign one takes twice as long on processors
-// with AVX-512. FASTRNN_CPU_GEMM is auto, own or library. Throws std::invalid_argument
-// for any other value.
+// with AVX-512. FASTRNN_CPU_GEMM is auto, own or library. Throws std::invalid_argument for any other value.
 bool own_gemm();
 
 }  // namespace fastrnn

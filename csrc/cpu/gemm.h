@@ -44,8 +44,6 @@ void pack_square(const Factor<T>& from, int64_t rows, int64_t columns, T* to, in
     for (int64_t r = 0; r < kLanes; ++r) {
       (r < rows ? load(from.data + r * from.row, columns) : Vec<T>(0)).store(to + r * to_stride);
     }
-  } else if (rows >= kLanes && columns >= kLanes) {
-    transpose_square(from.data, from.column, to, to_stride);
   } else {
     transpose_square(from.data, from.column, to, to_stride, columns, rows, kLanes);
   }

@@ -276,41 +276,41 @@ FASTRNN_INLINE void for_row_tiles(int64_t count, const F& f) {
 constexpr int64_t blocks(int64_t columns, int64_t width) { return (columns + width - 1) / width; }
 constexpr int64_t rounded_up(int64_t n, int64_t to) { return blocks(n, to) * to; }
 
-// to [stored][to_stride] = the transpose of from [rows][from_stride], of which `count` columns are read; zeros beyond.
-// None is more than lanes. Rows i and i + lanes / 2 become rows 2 i and 2 i + 1, their elements in turn; after log2(lanes)
+// to [stored][to_stride] = the transpose of from [rows][from_stride], of which `count` columns are read; zeros beyond,
+// up to as many as lanes. Rows i and i + lanes / 2 become rows 2 i and 2 i + 1, their elements in turn; after log2(lanes)
 // such shuffles every element has changed places. What the rows hold two squares on is asked for: so many short streams
 // are more than the processor reads ahead.
 template <class T>
 FASTRNN_INLINE void transpose_square(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows,
                                      int64_t count, int64_t stored) {
   constexpr int kLanes = Vec<T>::size();
-  Vec<T> a[kLanes], b[kLanes];
+  const auto shuffle = [&](int64_t row_count, int64_t columns, int64_t to_rows) __attribute__((always_inline)) {
+    Vec<T> a[kLanes], b[kLanes];
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    a[i] = i < rows ? load(from + i * from_stride, count) : Vec<T>(0);
-    __builtin_prefetch(from + i * from_stride + 2 * kLanes, 0, 3);
-  }
+    for (int i = 0; i < kLanes; ++i) {
+      a[i] = i < row_count ? load(from + i * from_stride, columns) : Vec<T>(0);
+      __builtin_prefetch(from + i * from_stride + 2 * kLanes, 0, 3);
+    }
 #pragma GCC unroll 4
-  for (int done = 1; done < kLanes; done *= 2) {
+    for (int done = 1; done < kLanes; done *= 2) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kLanes / 2; ++i) {
-      const auto [low, high] = at::vec::interleave2(a[i], a[i + kLanes / 2]);
-      b[2 * i] = low, b[2 * i + 1] = high;
+      for (int i = 0; i < kLanes / 2; ++i) {
+        const auto [low, high] = at::vec::interleave2(a[i], a[i + kLanes / 2]);
+        b[2 * i] = low, b[2 * i + 1] = high;
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) a[i] = b[i];
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) a[i] = b[i];
+    for (int i = 0; i < kLanes; ++i) {
+      if (i < to_rows) a[i].store(to + i * to_stride);
+    }
+  };
+  if (rows >= kLanes && count >= kLanes) {  // known to be whole, it takes no mask and no branch
+    shuffle(kLanes, kLanes, kLanes);
+  } else {
+    shuffle(rows, count, stored);
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    if (i < stored) a[i].store(to + i * to_stride);
-  }
-}
-
-// The same of a square that is whole.
-template <class T>
-FASTRNN_INLINE void transpose_square(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
-  constexpr int kLanes = Vec<T>::size();
-  transpose_square(from, from_stride, to, to_stride, kLanes, kLanes, kLanes);
 }
 
 // Reads part of a row of weights as T.
@@ -355,13 +355,7 @@ void pack_transposed(const W* w, int64_t units, int64_t columns, int64_t block, 
         }
       }
       for (int64_t k = k0; k < k1; k += kLanes) {
-        T* const to = out + k * kWidth + v * kLanes;
-        const T* const square = from + k - k0;
-        if (const int64_t count = k1 - k; rows >= kLanes && count >= kLanes) {
-          transpose_square(square, stride, to, kWidth);
-        } else {
-          transpose_square(square, stride, to, kWidth, rows, count, count);
-        }
+        transpose_square(from + k - k0, stride, out + k * kWidth + v * kLanes, kWidth, rows, k1 - k, k1 - k);
       }
     }
   }

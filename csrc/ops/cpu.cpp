@@ -2,7 +2,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/CPUAllocator.h>
 #include <pthread.h>
 #include <torch/library.h>
 
@@ -12,9 +11,9 @@
 #include <cstring>
 
 #include "cpu/capability.h"
-#include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 #include "ops/cpu_gemm.h"
+#include "ops/cpu_memory.h"
 #include "ops/cpu_plan.h"
 #include "ops/layer_op.h"
 #include "ops/rows.h"
@@ -61,40 +60,6 @@ template <class T>
 Stored<T> direction(const Stored<T>& of, int d, int64_t stride) {
   return of.data == nullptr ? of : of.from(d * stride);
 }
-
-// Large buffers are fresh memory at every call, and the first touch of a page costs more than writing it: 33 against 17 ms
-// for 67 MB, with 4 KiB and 2 MiB a page.
-Tensor with_huge_pages(Tensor buffer) {
-  constexpr int64_t kWorthIt = 16 * kHugePage;  // malloc's largest threshold, so that it is mapped for itself
-  const auto bytes = static_cast<int64_t>(buffer.nbytes());
-  if (bytes >= kWorthIt) advise_huge_pages(buffer.mutable_data_ptr(), bytes);
-  return buffer;
-}
-
-// Memory for the time of a call, aligned for vectors.
-at::DataPtr temporary(int64_t bytes) { return c10::GetCPUAllocator()->allocate(bytes); }
-
-// The same for a scan. Weights that fill L2 find less room in it where their pages happen to share its sets, and in some
-// processes all calls take a fifth longer; the lines of a huge page lie in all sets alike.
-class Scratch {
- public:
-  explicit Scratch(int64_t bytes) {
-    constexpr int64_t kWorthIt = 1 << 20;
-    if (bytes < kWorthIt) {
-      memory_ = temporary(bytes);
-      begin_ = memory_.get();
-      return;
-    }
-    memory_ = temporary(whole_huge_pages(bytes) + kHugePage);  // whose remainders are never touched
-    begin_ = reinterpret_cast<void*>(whole_huge_pages(reinterpret_cast<intptr_t>(memory_.get())));
-    advise_huge_pages(begin_, whole_huge_pages(bytes));
-  }
-  void* get() const { return begin_; }
-
- private:
-  at::DataPtr memory_;
-  void* begin_;
-};
 
 template <class T>
 constexpr auto scalar_type = c10::CppTypeToScalarType<T>::value;
