@@ -38,14 +38,15 @@ FASTRNN_INLINE void leave(T* to, const T* from, int64_t count, bool add) {
 // to [lanes][to_stride] = the first rows and columns of a factor, of which `rows` and `columns` exist; zeros beyond. Of
 // one that lies transposed as well.
 template <class T>
-void pack_square(const Factor<T>& from, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
+void pack_square(const Factor<T>& from, int64_t rows, int64_t columns, T* to, int64_t to_stride,
+                 int64_t ahead = 2 * Vec<T>::size()) {
   constexpr int kLanes = Vec<T>::size();
   if (from.column == 1) {
     for (int64_t r = 0; r < kLanes; ++r) {
       (r < rows ? load(from.data + r * from.row, columns) : Vec<T>(0)).store(to + r * to_stride);
     }
   } else {
-    transpose_square(from.data, from.column, to, to_stride, columns, rows, kLanes);
+    transpose_square(from.data, from.column, to, to_stride, columns, rows, kLanes, ahead);
   }
 }
 
@@ -60,7 +61,7 @@ class TileProducts {
   static constexpr int64_t kRows = 48;  // of a panel of a: whole tiles, and whole squares where it lies transposed
   // of a block of b: half of an L2 of 1 MiB
   static constexpr int64_t kDepth = 384, kColumns = (512 << 10) / kDepth / sizeof(T) / kWidth * kWidth;
-  static constexpr int64_t kShare = kWidth;  // columns, of a thread's part
+  static constexpr int64_t kShare = kLanes;  // rows or columns, of a thread's part
 
   TileProducts(int64_t depth, int64_t columns) : block_(rounded_up(depth, kLanes) * rounded_up(columns, kLanes)) {}
 
@@ -73,9 +74,9 @@ class TileProducts {
     if (panel_.data() == nullptr) panel_ = Packing<T>(kRows * kStride);
     a_ = panel_.data();
     stride_ = kStride;
-    for (int64_t r = 0; r < rows; r += kLanes) {
-      for (int64_t k = 0; k < depth; k += kLanes) {
-        pack_square(a.from(r, k), rows - r, depth - k, panel_.data() + r * kStride + k, kStride);
+    for (int64_t k = 0; k < depth; k += kLanes) {
+      for (int64_t r = 0; r < rows; r += kLanes) {
+        pack_square(a.from(r, k), rows - r, depth - k, panel_.data() + r * kStride + k, kStride, kLanes * a.column);
       }
     }
   }
@@ -137,7 +138,7 @@ class PartProducts {
   static constexpr int64_t kRows = 2 * kAmxRows;  // of a panel of a
   // of a block of b: in three parts three quarters of an L2 of 2 MiB
   static constexpr int64_t kDepth = 512, kColumns = 512;
-  static constexpr int64_t kShare = kRows;  // columns, of a thread's part
+  static constexpr int64_t kShare = kRows;  // rows or columns, of a thread's part
 
   PartProducts(const Bf16Products& products, int parts, int64_t depth, int64_t columns)
       : products_(products),
@@ -203,6 +204,28 @@ class PartProducts {
   Packing<float> sums_;  // [kRows][columns]
 };
 
+// The threads, at most so many, that these multiply-adds are worth calling.
+inline int worth_threads(int64_t multiply_adds, int threads) {
+  constexpr int64_t kLeast = 1 << 18;  // of a thread
+  return static_cast<int>(std::clamp<int64_t>(multiply_adds / kLeast, 1, threads));
+}
+
+// f(begin, end, share) for shares of [0, count), one for each thread if there are as many units, on as many threads; how
+// many there are.
+template <class F>
+int64_t for_shares(int64_t count, int64_t unit, int threads, const F& f) {
+  const int64_t each = std::max<int64_t>(1, blocks(blocks(count, unit), threads)) * unit, shares = blocks(count, each);
+  const auto some = [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) f(i * each, std::min((i + 1) * each, count), i);
+  };
+  if (shares <= 1) {
+    some(0, shares);
+  } else {
+    at::parallel_for(0, shares, 1, some);
+  }
+  return shares;
+}
+
 // c [m, ldc] = or += a b. A thread's own Products is made by make(depth, columns), for blocks of b of that size at most.
 template <class Products, class Make>
 class Gemm {
@@ -211,26 +234,44 @@ class Gemm {
  public:
   static void run(const Make& make, const GemmSizes& sizes, const Factor<T>& a, const Factor<T>& b, T* c, int64_t ldc,
                   bool add, int threads) {
+    const int most = worth_threads(sizes.m * sizes.n * sizes.k, threads);
     // The longer side is shared: what each thread packs of the other is then least.
     const bool rows = sizes.m >= sizes.n;
-    const int64_t side = rows ? sizes.m : sizes.n, unit = rows ? Products::kRows : Products::kShare;
-    const auto part = [&](int64_t begin, int64_t end) {
+    const int64_t side = rows ? sizes.m : sizes.n;
+    if (most > 1 && sizes.k >= kTermsOfSum * most * side) {
+      share_depth(make, sizes, a, b, c, ldc, add, most);
+      return;
+    }
+    for_shares(side, Products::kShare, most, [&](int64_t begin, int64_t end, int64_t) {
       if (rows) {
         multiply(make, {end - begin, sizes.n, sizes.k}, a.from(begin, 0), b, c + begin * ldc, ldc, add);
       } else {
         multiply(make, {sizes.m, end - begin, sizes.k}, a, b.from(0, begin), c + begin, ldc, add);
       }
-    };
-    const int64_t units = blocks(side, unit);
-    if (threads <= 1 || units == 1) {
-      part(0, side);
-    } else {
-      at::parallel_for(0, units, blocks(units, threads),
-                       [&](int64_t begin, int64_t end) { part(begin * unit, std::min(end * unit, side)); });
-    }
+    });
   }
 
  private:
+  // A thread's share of a side packs all of the shorter side as well, as every other thread does: k elements for each of
+  // its rows. A share of k packs nothing twice, but has sums of its own, which the caller adds, thread by thread: an element
+  // takes twice as long as one that is packed.
+  static constexpr int64_t kTermsOfSum = 2;
+
+  static void share_depth(const Make& make, const GemmSizes& sizes, const Factor<T>& a, const Factor<T>& b, T* c,
+                          int64_t ldc, bool add, int threads) {
+    const int64_t width = rounded_up(sizes.n, Vec<T>::size());
+    const Packing<T> sums((threads - 1) * sizes.m * width);  // [threads - 1][m][width]
+    const auto of_share = [&](int64_t i) { return sums.data() + (i - 1) * sizes.m * width; };
+    const int64_t shares = for_shares(sizes.k, Vec<T>::size(), threads, [&](int64_t begin, int64_t end, int64_t share) {
+      const bool first = share == 0;
+      multiply(make, {sizes.m, sizes.n, end - begin}, a.from(0, begin), b.from(begin, 0), first ? c : of_share(share),
+               first ? ldc : width, first && add);
+    });
+    for (int64_t i = 1; i < shares; ++i) {
+      for (int64_t r = 0; r < sizes.m; ++r) leave(c + r * ldc, of_share(i) + r * width, sizes.n, true);
+    }
+  }
+
   static void multiply(const Make& make, const GemmSizes& sizes, const Factor<T>& a, const Factor<T>& b, T* c,
                        int64_t ldc, bool add) {
     constexpr int64_t kDepth = Products::kDepth, kColumns = Products::kColumns, kRows = Products::kRows;
@@ -262,9 +303,9 @@ template <class T>
 void multiply_few_rows(const GemmSizes& sizes, const Factor<T>& a, const Factor<T>& b, T* c, int64_t ldc, bool add,
                        int threads) {
   constexpr int kLanes = Vec<T>::size();
-  const auto part = [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin * kLanes; j < std::min(end * kLanes, sizes.n); j += kLanes) {
-      const int64_t count = std::min<int64_t>(kLanes, sizes.n - j);
+  const auto part = [&](int64_t begin, int64_t end, int64_t) {
+    for (int64_t j = begin; j < end; j += kLanes) {
+      const int64_t count = std::min<int64_t>(kLanes, end - j);
       for_row_tiles<kDotInputs>(sizes.m, [&]<int kRows>(RowTile tile) {
         T sums[kRows][kLanes] = {};
         const T* x[kRows];
@@ -274,13 +315,7 @@ void multiply_few_rows(const GemmSizes& sizes, const Factor<T>& a, const Factor<
       });
     }
   };
-  constexpr int64_t kLeast = 1 << 18;  // multiply-adds that a thread is called for
-  const int64_t all = blocks(sizes.n, kLanes), least = blocks(kLeast, sizes.m * sizes.k * kLanes);
-  if (threads <= 1 || all <= least) {
-    part(0, all);
-  } else {
-    at::parallel_for(0, all, std::max(least, blocks(all, threads)), part);
-  }
+  for_shares(sizes.n, kLanes, worth_threads(sizes.m * sizes.n * sizes.k, threads), part);
 }
 
 template <class T>

@@ -282,14 +282,14 @@ constexpr int64_t rounded_up(int64_t n, int64_t to) { return blocks(n, to) * to;
 // are more than the processor reads ahead.
 template <class T>
 FASTRNN_INLINE void transpose_square(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows,
-                                     int64_t count, int64_t stored) {
+                                     int64_t count, int64_t stored, int64_t ahead) {
   constexpr int kLanes = Vec<T>::size();
   const auto shuffle = [&](int64_t row_count, int64_t columns, int64_t to_rows) __attribute__((always_inline)) {
     Vec<T> a[kLanes], b[kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) {
       a[i] = i < row_count ? load(from + i * from_stride, columns) : Vec<T>(0);
-      __builtin_prefetch(from + i * from_stride + 2 * kLanes, 0, 3);
+      __builtin_prefetch(from + i * from_stride + ahead, 0, 3);
     }
 #pragma GCC unroll 4
     for (int done = 1; done < kLanes; done *= 2) {
@@ -355,7 +355,8 @@ void pack_transposed(const W* w, int64_t units, int64_t columns, int64_t block, 
         }
       }
       for (int64_t k = k0; k < k1; k += kLanes) {
-        transpose_square(from + k - k0, stride, out + k * kWidth + v * kLanes, kWidth, rows, k1 - k, k1 - k);
+        transpose_square(from + k - k0, stride, out + k * kWidth + v * kLanes, kWidth, rows, k1 - k, k1 - k,
+                         2 * kLanes);
       }
     }
   }
