@@ -137,8 +137,9 @@ inline void multiply_rows(const Scan& scan, int64_t height, int64_t count, int64
   }
   int64_t m = 0;
   for (int64_t i = 0; i < count; i += m) {
-    m = count - i >= kManyRows ? kManyRows : std::min(Operands::kRows, rounded_up(count - i, scan.bf16->row_step));
-    while (m / 2 >= count - i) m /= 2;
+    const int64_t left = count - i;
+    m = left >= kManyRows ? kManyRows : rounded_up(blocks(left, blocks(left, Operands::kRows)), scan.bf16->row_step);
+    while (m / 2 >= left) m /= 2;
     scan.bf16->multiply(m, n, k, lda, n, ldc, a + i * lda, b, c + i * ldc);
   }
 }

@@ -26,12 +26,7 @@ FASTRNN_INLINE Vec<float> leading(Vec<float> v) {
 // Numbers that leading() has given.
 FASTRNN_INLINE void store_leading(at::BFloat16* p, Vec<float> v, int64_t count) {
 #if defined(CPU_CAPABILITY_AVX512)
-  const __m256i narrow = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v), 16));
-  if (count >= Vec<float>::size()) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow);
-  } else {
-    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << count) - 1), narrow);
-  }
+  store_16_bits(p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v), 16)), count);
 #else
   store(p, v, count);
 #endif

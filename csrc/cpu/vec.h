@@ -90,10 +90,29 @@ FASTRNN_INLINE void store(T* p, Vec<T> v, int64_t count) {
   }
 }
 
+#if defined(CPU_CAPABILITY_AVX512)
+template <class U>
+FASTRNN_INLINE void store_16_bits(U* p, __m256i v, int64_t count) {
+  if (count >= Vec<float>::size()) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
+  } else {
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << count) - 1), v);
+  }
+}
+#endif
+
 // Rounded to nearest.
 template <class U>
 FASTRNN_INLINE void store_narrow(U* p, Vec<float> v, int64_t count) {
+#if defined(CPU_CAPABILITY_AVX512)  // convert_from_float makes 32 numbers
+  if constexpr (std::is_same_v<U, at::BFloat16>) {
+    store_16_bits(p, at::vec::cvtfp32_bf16(v), count);
+  } else {
+    store_16_bits(p, at::vec::cvtfp32_fp16(v), count);
+  }
+#else
   at::vec::convert_from_float<U>(v, v).store(p, static_cast<int>(std::min<int64_t>(count, v.size())));
+#endif
 }
 FASTRNN_INLINE void store(at::BFloat16* p, Vec<float> v, int64_t count) { store_narrow(p, v, count); }
 FASTRNN_INLINE void store(at::Half* p, Vec<float> v, int64_t count) { store_narrow(p, v, count); }
