@@ -72,6 +72,14 @@ int64_t state_bytes(const std::vector<StreamingWeights<T>>& layers, int64_t batc
   return values * sizeof(T);
 }
 
+// Of what all layers give in a step.
+template <class T>
+int64_t sequence_bytes(const std::vector<StreamingWeights<T>>& layers, int64_t batch) {
+  int64_t values = 0;
+  for (const auto& layer : layers) values += batch * padded(layer.shape.outputs);
+  return values * sizeof(T);
+}
+
 // The largest of f over the layers.
 template <class T, class F>
 int64_t largest(const std::vector<StreamingWeights<T>>& layers, const F& f) {
@@ -85,6 +93,15 @@ int64_t bytes_of_all(const StreamingKernels<T>& kernels, const std::vector<Strea
   int64_t bytes = 0;
   for (const auto& layer : layers) bytes += kernels.packed_bytes(layer.shape);
   return bytes;
+}
+
+// Steps whose inputs are multiplied at once: with more rows there is no more to gain, and their products should find
+// room in L2 beside a block of weights.
+template <class T>
+int64_t window_of(const StreamingKernels<T>& kernels, const std::vector<StreamingWeights<T>>& layers, int64_t batch) {
+  constexpr int64_t kRows = 48, kBytes = 512 << 10;
+  const int64_t row = largest(layers, [&](const LayerShape& s) { return kernels.product_bytes(s, 1); });
+  return std::max<int64_t>(1, std::min(kRows, kBytes / row) / batch);
 }
 
 // Checked before anything is allocated for it.
@@ -113,24 +130,32 @@ StreamingSession<T>::StreamingSession(CellKind kind, const std::vector<Streaming
                                       WeightType type)
     : kernels_(streaming_table().get<T>(kind, type)),
       batch_(batch),
+      window_(window_of(kernels_, checked(kind, layers, batch, type), batch)),
       int8_dot_(has_int8_dot()),
-      weights_(bytes_of_all(kernels_, checked(kind, layers, batch, type))),
+      weights_(bytes_of_all(kernels_, layers)),
       states_(state_bytes(layers, batch)),
-      input_(batch * padded(layers.front().shape.inputs) * static_cast<int64_t>(sizeof(T))),
+      input_(window_ * batch * padded(layers.front().shape.inputs) * static_cast<int64_t>(sizeof(T))),
       activation_(batch * static_cast<int64_t>(sizeof(T)) *
                   largest(layers, [](const LayerShape& s) { return s.projected ? padded(s.units) : 0; })),
-      quantised_(type != WeightType::kInt8 ? 0 : largest(layers, [&](const LayerShape& s) {
-        return quantised_bytes(s, batch);
-      })) {
+      quantised_(
+          type != WeightType::kInt8
+              ? 0
+              : largest(layers, [&](const LayerShape& s) { return quantised_bytes(s, batch, window_ * batch); })),
+      products_(window_ == 1
+                    ? 0
+                    : largest(layers, [&](const LayerShape& s) { return kernels_.product_bytes(s, window_ * batch); })),
+      sequences_(window_ == 1 ? 0 : window_ * sequence_bytes(layers, batch)) {
   char* packed = weights_.as<char>();
-  T* state = states_.as<T>();
+  T *state = states_.as<T>(), *sequence = sequences_.as<T>();
   for (const auto& weights : layers) {
     const LayerShape& shape = weights.shape;
     const int64_t h = batch * padded(shape.outputs), c = batch * padded(shape.units);
-    layers_.push_back({shape, packed, {state, state + h}, traits(kind).states > 1 ? state + 2 * h : nullptr});
+    layers_.push_back({shape, packed, {state, state + h}, traits(kind).states > 1 ? state + 2 * h : nullptr, sequence});
     packed += kernels_.packed_bytes(shape);
     state += 2 * h + c;
+    if (window_ > 1) sequence += window_ * h;
   }
+  output_ = layers_.back().h[phase_];
   refresh(layers);
 }
 
@@ -144,37 +169,89 @@ void StreamingSession<T>::refresh(const std::vector<StreamingWeights<T>>& layers
 }
 
 template <class T>
-void StreamingSession<T>::advance() noexcept {
-  const FlushDenormals guard;
+StreamingStep<T> StreamingSession<T>::first_layer() noexcept {
   StreamingStep<T> step;
   step.batch = batch_;
-  step.backwards = phase_ == 1;
   step.int8_dot = int8_dot_;
   step.activation = activation_.as<T>();
-  step.quantised = quantised_.as<char>();
+  step.quantised = quantised_.bytes() > 0 ? quantised_.as<char>() : nullptr;
   step.input = input();
+  return step;
+}
+
+template <class T>
+void StreamingSession<T>::enter(const Layer& layer, StreamingStep<T>& step) noexcept {
+  step.shape = layer.shape;
+  step.packed = layer.packed;
+  step.c = layer.c;
+}
+
+template <class T>
+void StreamingSession<T>::advance(int64_t steps) noexcept {
+  const FlushDenormals guard;
+  if (steps == 1) {
+    advance_one();
+  } else {
+    advance_several(steps);
+  }
+}
+
+template <class T>
+void StreamingSession<T>::advance_one() noexcept {
+  StreamingStep<T> step = first_layer();
+  step.backwards = phase_ == 1;
   for (const Layer& layer : layers_) {
-    step.shape = layer.shape;
-    step.packed = layer.packed;
+    enter(layer, step);
     step.h = layer.h[phase_];
     step.next_h = layer.h[1 - phase_];
-    step.c = layer.c;
     kernels_.step(step);
     step.input = step.next_h;
   }
   phase_ = 1 - phase_;
+  output_ = step.next_h;
+}
+
+// Layer after layer.
+template <class T>
+void StreamingSession<T>::advance_several(int64_t steps) noexcept {
+  StreamingStep<T> step = first_layer();
+  step.ahead = steps * batch_;
+  step.products = products_.as<T>();
+  for (const Layer& layer : layers_) {
+    enter(layer, step);
+    kernels_.multiply_inputs(step);
+    const int64_t values = batch_ * padded(layer.shape.outputs);
+    step.h = layer.h[phase_];
+    for (int64_t t = 0; t < steps; ++t) {
+      step.backwards = t % 2 == 1;
+      step.first = t * batch_;
+      step.next_h = layer.sequence + t * values;
+      kernels_.step(step);
+      step.h = step.next_h;
+    }
+    std::copy_n(step.h, values, layer.h[phase_]);
+    step.input = output_ = layer.sequence;
+  }
 }
 
 template <class T>
 void StreamingSession<T>::step(const T* from, T* to) noexcept {
-  for (int64_t n = 0; n < batch_; ++n) std::copy_n(from + n * inputs(), inputs(), input() + n * padded(inputs()));
-  advance();
-  for (int64_t n = 0; n < batch_; ++n) std::copy_n(output() + n * padded(outputs()), outputs(), to + n * outputs());
+  chunk(from, to, 1);
 }
 
 template <class T>
 void StreamingSession<T>::chunk(const T* from, T* to, int64_t steps) noexcept {
-  for (int64_t t = 0; t < steps; ++t) step(from + t * batch_ * inputs(), to + t * batch_ * outputs());
+  for (int64_t t = 0, some = 0; t < steps; t += some) {
+    some = std::min(window_, steps - t);
+    const int64_t first = t * batch_, rows = some * batch_;
+    for (int64_t n = 0; n < rows; ++n) {
+      std::copy_n(from + (first + n) * inputs(), inputs(), input() + n * padded(inputs()));
+    }
+    advance(some);
+    for (int64_t n = 0; n < rows; ++n) {
+      std::copy_n(output() + n * padded(outputs()), outputs(), to + (first + n) * outputs());
+    }
+  }
 }
 
 template <class T>

@@ -46,10 +46,12 @@ class StreamingSession {
   void step(const T* input, T* output) noexcept;  // [N, I] -> [N, P or H]
   void chunk(const T* input, T* output, int64_t steps) noexcept;  // [T, N, I] -> [T, N, P or H]
 
-  // The same in three parts, for callers with a layout of their own: fill input(), advance(), read output().
-  T* input() noexcept { return input_.template as<T>(); }  // [N, padded(I)]
-  void advance() noexcept;
-  const T* output() const noexcept { return layers_.back().h[phase_]; }  // [N, padded(P or H)]
+  // The same in three parts, for callers with a layout of their own: fill input(), advance(), read output(). Of up to
+  // window() steps at once: what their inputs multiply is read once. No bit of the results depends on it.
+  int64_t window() const noexcept { return window_; }
+  T* input() noexcept { return input_.template as<T>(); }  // [steps, N, padded(I)]
+  void advance(int64_t steps = 1) noexcept;
+  const T* output() const noexcept { return output_; }  // [steps, N, padded(P or H)], until the next call
 
   // The states of a layer, to read and to write: up to outputs() or units(); what is beyond must stay zero.
   T* h(int64_t layer) noexcept { return layers_[layer].h[phase_]; }  // [N, padded(P or H)]
@@ -70,14 +72,22 @@ class StreamingSession {
     void* packed;
     T* h[2];  // [N, padded(P or H)] read one, write the other
     T* c;  // [N, padded(H)] or null
+    T* sequence;  // [window, N, padded(P or H)] of several steps
   };
 
+  StreamingStep<T> first_layer() noexcept;
+  static void enter(const Layer& layer, StreamingStep<T>& step) noexcept;
+  void advance_one() noexcept;
+  void advance_several(int64_t steps) noexcept;
+
   const StreamingKernels<T>& kernels_;
-  int64_t batch_;
+  int64_t batch_, window_;
   bool int8_dot_;
   int phase_ = 0;
+  const T* output_ = nullptr;
   std::vector<Layer> layers_;
   AlignedMemory weights_, states_, input_, activation_, quantised_;
+  AlignedMemory products_, sequences_;  // of a window; products of one layer at a time
 };
 
 extern template class StreamingSession<float>;

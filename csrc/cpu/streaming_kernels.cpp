@@ -9,7 +9,7 @@ inline namespace CPU_CAPABILITY {
 template <class Cell, class T, class Weights>
 constexpr StreamingKernels<T> streaming_kernels() {
   using Layer = StreamingLayer<Cell, T, Weights>;
-  return {&Layer::packed_bytes, &Layer::pack, &Layer::step};
+  return {&Layer::packed_bytes, &Layer::pack, &Layer::product_bytes, &Layer::multiply_inputs, &Layer::step};
 }
 
 template <class... Cells>

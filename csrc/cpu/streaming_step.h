@@ -1,6 +1,7 @@
 // One step of one layer, a template of the cell, the type and the kind of weights. Block by block of units: the weights
-// of the input and of the state, all gates of a unit together, lie one after the other and are read once, from end to
-// end; the cell is applied while the sums are in registers.
+// of the input and of the state, all gates of a unit together, lie one after the other and are read once for all rows,
+// from end to end; the cell is applied while the sums are in L1. Of several steps the inputs are multiplied ahead: their
+// weights are read once.
 #pragma once
 
 #include <vector>
@@ -18,9 +19,8 @@ class StreamingLayer {
   static constexpr int kGates = Cell::kGates, kSeparate = Cell::kSeparate, kInputs = kGates + kSeparate;
   static constexpr int kUnitVectors = kGates == 1 ? 4 : 1;
   static constexpr int kVectors = kGates * kUnitVectors;
-  static constexpr int kSeparateVectors = kSeparate * kUnitVectors;
+  static constexpr int64_t kWidth = kVectors * kLanes;  // of the sums of a block
   static constexpr int64_t kUnits = kUnitVectors * kLanes;  // of a block
-  static constexpr int kRowsOfTile = std::min(4, max_rows(kVectors));  // sessions have few rows
   static constexpr int kOutputVectors = 4;  // of a block of the projection
   static constexpr int64_t kOutputs = kOutputVectors * kLanes;
   static constexpr ElementState kState = Cell::kState;
@@ -68,55 +68,97 @@ class StreamingLayer {
     }
   }
 
+  // [blocks][rows][vectors][lanes]
+  static int64_t product_bytes(const LayerShape& shape, int64_t rows) {
+    return Layout(shape).blocks * rows * kWidth * sizeof(T);
+  }
+
+  static void multiply_inputs(const StreamingStep<T>& s) {
+    const Layout layout(s.shape);
+    const char* packed = static_cast<const char*>(s.packed);
+    Weights::prepare(s.input, s.ahead, s.shape.inputs, s.quantised);
+    for (int64_t b = 0; b < layout.blocks; ++b) {
+      for_tiles<kVectors>(s.batch, s.ahead, [&]<int kPartials, int kRows>(int64_t row) {
+        multiply<kPartials, kRows, kVectors>(s.products + (b * s.ahead + row) * kWidth,
+                                             packed + b * layout.block + layout.input, s.input, row, s.shape.inputs,
+                                             s.quantised, s.int8_dot);
+      });
+    }
+  }
+
   static void step(const StreamingStep<T>& s) {
     const Layout layout(s.shape);
     const char* packed = static_cast<const char*>(s.packed);
-    char* quantised = static_cast<char*>(s.quantised);
-    const int64_t inputs = padded(s.shape.inputs), outputs = padded(s.shape.outputs);
-    for_row_tiles<kRowsOfTile>(s.batch, [&]<int kRows>(RowTile tile) {
-      const int64_t row = tile.first;
-      Operand x[kRows], h[kRows];
-#pragma GCC unroll 32
-      for (int r = 0; r < kRows; ++r) {
-        x[r] = Weights::operand(s.input + (row + r) * inputs, s.shape.inputs, quantised);
-        h[r] = Weights::operand(s.h + (row + r) * outputs, s.shape.outputs, quantised);
-      }
-      for (int64_t i = 0; i < layout.blocks; ++i) {
-        const int64_t b = s.backwards ? layout.blocks - 1 - i : i;
-        units_block<kRows>(s, layout, packed + b * layout.block, x, h, row, b * kUnits);
-      }
-    });
+    char* const of_h = s.quantised;
+    char* const of_x = of_h == nullptr ? nullptr : of_h + s.batch * quantised_row(s.shape.outputs);
+    Weights::prepare(s.h, s.batch, s.shape.outputs, of_h);
+    if (s.ahead == 0) Weights::prepare(s.input, s.batch, s.shape.inputs, of_x);
+    for (int64_t i = 0; i < layout.blocks; ++i) {
+      const int64_t b = s.backwards ? layout.blocks - 1 - i : i;
+      const char* block = packed + b * layout.block;
+      for_tiles<kVectors>(s.batch, s.batch, [&]<int kPartials, int kRows>(int64_t row) {
+        alignas(64) T recurrent[kRows * kWidth], of_input[kRows * kWidth];
+        const T* input = of_input;
+        if (s.ahead > 0) {
+          input = s.products + (b * s.ahead + s.first + row) * kWidth;
+        } else {
+          multiply<kPartials, kRows, kVectors>(of_input, block + layout.input, s.input, row, s.shape.inputs, of_x,
+                                               s.int8_dot);
+        }
+        multiply<kPartials, kRows, kVectors>(recurrent, block + layout.recurrent, s.h, row, s.shape.outputs, of_h,
+                                             s.int8_dot);
+        cells(s, row, kRows, b * kUnits, input, recurrent, reinterpret_cast<const T*>(block + layout.bias));
+      });
+    }
     if constexpr (Cell::kProjects) {
       if (s.shape.projected) project(s, layout);
     }
   }
 
  private:
+  // Calls f.template operator()<kPartials, kRows>(row) for tiles of `rows` rows. A sum has its parts by the session's
+  // batch, not by the rows of a tile: several steps together give what they give one by one.
+  template <int kOfBlock, class F>
+  static FASTRNN_INLINE void for_tiles(int64_t batch, int64_t rows, const F& f) {
+    constexpr int kFew = kAccumulators / (2 * kOfBlock);  // whose sums have room for two parts
+    constexpr int kMost = std::min(Weights::kMostRows, max_rows(kOfBlock));
+    if constexpr (kFew > 0) {
+      if (batch <= kFew) {
+        for_row_tiles<kFew>(rows, [&]<int kRows>(RowTile tile) { f.template operator()<2, kRows>(tile.first); });
+        return;
+      }
+    }
+    for_row_tiles<kMost>(rows, [&]<int kRows>(RowTile tile) { f.template operator()<1, kRows>(tile.first); });
+  }
+
+  // sums [kRows][kOfBlock][lanes] = a block times some rows of [.., padded(depth)], from `first` on.
+  template <int kPartials, int kRows, int kOfBlock>
+  static FASTRNN_INLINE void multiply(T* sums, const char* block, const T* rows, int64_t first, int64_t depth,
+                                      const char* quantised, bool int8_dot) {
+    Operand a[kRows];
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) a[r] = Weights::operand(rows, first + r, depth, quantised);
+    Weights::template multiply<kPartials, kRows, kOfBlock>(sums, block, a, depth, int8_dot);
+  }
+
   // The second phase: h = W_hr (o tanh(c)).
   static void project(const StreamingStep<T>& s, const Layout& layout) {
     const char* packed = static_cast<const char*>(s.packed) + layout.blocks * layout.block;
-    char* quantised = static_cast<char*>(s.quantised);
-    const int64_t outputs = padded(s.shape.outputs), units = padded(s.shape.units);
-    for_row_tiles<kRowsOfTile>(s.batch, [&]<int kRows>(RowTile tile) {
-      const int64_t row = tile.first;
-      Operand activation[kRows];
-#pragma GCC unroll 32
-      for (int r = 0; r < kRows; ++r) {
-        activation[r] = Weights::operand(s.activation + (row + r) * units, s.shape.units, quantised);
-      }
-      for (int64_t b = 0; b < layout.output_blocks; ++b) {
-        V sum[kRows][kOutputVectors];
-        set_zero(sum);
-        Weights::multiply(sum, packed + b * layout.output_block, activation, s.shape.units, s.int8_dot);
-#pragma GCC unroll 32
+    const int64_t outputs = padded(s.shape.outputs);
+    Weights::prepare(s.activation, s.batch, s.shape.units, s.quantised);
+    for (int64_t b = 0; b < layout.output_blocks; ++b) {
+      for_tiles<kOutputVectors>(s.batch, s.batch, [&]<int kPartials, int kRows>(int64_t row) {
+        alignas(64) T sums[kRows * kOutputs];
+        multiply<kPartials, kRows, kOutputVectors>(sums, packed + b * layout.output_block, s.activation, row,
+                                                   s.shape.units, s.quantised, s.int8_dot);
         for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 32
           for (int v = 0; v < kOutputVectors; ++v) {
-            leave(s.next_h + (row + r) * outputs, sum[r][v], b * kOutputs + v * kLanes, s.shape.outputs);
+            leave(s.next_h + (row + r) * outputs, V::loadu(sums + r * kOutputs + v * kLanes), b * kOutputs + v * kLanes,
+                  s.shape.outputs);
           }
         }
-      }
-    });
+      });
+    }
   }
 
   // What lies beyond `size` stays zero: it is multiplied with zero weights, and must be no NaN.
@@ -124,26 +166,10 @@ class StreamingLayer {
     if (j < size) store(row + j, value, size - j);
   }
 
-  template <int kRows>
-  static FASTRNN_INLINE void units_block(const StreamingStep<T>& s, const Layout& layout, const char* block,
-                                         const Operand (&x)[kRows], const Operand (&h)[kRows], int64_t row,
-                                         int64_t first) {
-    V sum[kRows][kVectors];
-    V input_part[kRows][kSeparate > 0 ? kSeparateVectors : 1];
-    set_zero(sum);
-    Weights::multiply(sum, block + layout.input, x, s.shape.inputs, s.int8_dot);
-#pragma GCC unroll 32
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 32
-      for (int v = 0; v < kSeparateVectors; ++v) {  // the separate gates begin again
-        input_part[r][v] = sum[r][kVectors - kSeparateVectors + v];
-        sum[r][kVectors - kSeparateVectors + v] = V(0);
-      }
-    }
-    Weights::multiply(sum, block + layout.recurrent, h, s.shape.outputs, s.int8_dot);
-    const T* bias = reinterpret_cast<const T*>(block + layout.bias);
-#pragma GCC unroll 32
-    for (int r = 0; r < kRows; ++r) {
+  // The cells of a block of some rows, on what their inputs and states are multiplied by, [rows][vectors][lanes] each.
+  [[gnu::noinline]] static void cells(const StreamingStep<T>& s, int64_t row, int64_t count, int64_t first,
+                                      const T* input, const T* recurrent, const T* bias) {
+    for (int64_t r = 0; r < count; ++r, input += kWidth, recurrent += kWidth) {
 #pragma GCC unroll 32
       for (int u = 0; u < kUnitVectors; ++u) {
         const int64_t j = first + u * kLanes;
@@ -153,9 +179,14 @@ class StreamingLayer {
         for (int g = 0; g < kInputs; ++g) gate[g] = V::loadu(bias + g * kUnits + u * kLanes);
 #pragma GCC unroll 32
         for (int g = 0; g < kGates; ++g) {
-          const bool apart = g >= kGates - kSeparate;
-          gate[apart ? g + kSeparate : g] = gate[apart ? g + kSeparate : g] + sum[r][g * kUnitVectors + u];
-          if (apart) gate[g] = gate[g] + input_part[r][(g - kGates + kSeparate) * kUnitVectors + u];
+          const V x = V::loadu(input + (g * kUnitVectors + u) * kLanes);
+          const V h = V::loadu(recurrent + (g * kUnitVectors + u) * kLanes);
+          if (g < kGates - kSeparate) {
+            gate[g] = gate[g] + (x + h);
+          } else {
+            gate[g] = gate[g] + x;
+            gate[g + kSeparate] = gate[g + kSeparate] + h;
+          }
         }
         cell(s, row + r, j, gate);
       }

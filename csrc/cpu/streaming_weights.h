@@ -1,7 +1,9 @@
 // The kinds of packed weights: how a block of them is laid out, and how it is multiplied with a few rows. Each has
 //   block_bytes, pack         one block of a matrix
-//   Operand, operand          what a row of inputs is multiplied as, made once a step
-//   multiply                  sum[r][v] += the block times the operands of some rows
+//   kMostRows                 of a tile
+//   prepare, Operand, operand what rows are multiplied as: made once a step, of all rows, and found again, row by row
+//   multiply                  sums [rows][vectors][lanes] = the block times the operands of some rows, with each lane's sum
+//                             over k in kPartials parts, or exact
 // A block of a matrix [rows, depth] is [k][vectors][lanes], for 16 bits [k / 2][vectors][lanes][2], for 8 bits
 // [k / 4][vectors][lanes][4], zeros beyond what there is. Behind 8-bit weights lie a scale and a correction for each row,
 // [vectors][lanes] each.
@@ -61,6 +63,7 @@ void fill_block(const BlockSource<T>& source, Element* out, const Value& value) 
 template <class T>
 struct FullWeights {
   using Operand = const T*;
+  static constexpr int kMostRows = 6;
 
   template <int kVectors>
   static int64_t block_bytes(int64_t depth) {
@@ -71,20 +74,15 @@ struct FullWeights {
     fill_block<1, kVectors>(source, static_cast<T*>(out),
                             [&](int64_t row, int64_t k, int) { return source.w[row * source.depth + k]; });
   }
-  static Operand operand(const T* row, int64_t, char*&) { return row; }
+  static void prepare(const T*, int64_t, int64_t, char*) {}
+  static FASTRNN_INLINE Operand operand(const T* rows, int64_t row, int64_t depth, const char*) {
+    return rows + row * padded(depth);
+  }
 
-  template <int kRows, int kVectors>
-  static FASTRNN_SHARED void multiply(Vec<T> (&sum)[kRows][kVectors], const char* block, const Operand (&a)[kRows],
-                                      int64_t depth, bool) {
+  template <int kPartials, int kRows, int kVectors>
+  static FASTRNN_INLINE void multiply(T* sums, const char* block, const Operand (&a)[kRows], int64_t depth, bool) {
     const T* w = reinterpret_cast<const T*>(block);
-    constexpr int kLanes = Vec<T>::size();
-    T products[kRows][kVectors * kLanes];
-    accumulate<kRows, kVectors>(products[0], false, Packed<T>{w, w, 0}, a, depth);
-#pragma GCC unroll 32
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 32
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = sum[r][v] + Vec<T>::loadu(products[r] + v * kLanes);
-    }
+    accumulate<kRows, kVectors, kPartials>(sums, false, Packed<T>{w, w, 0}, a, depth);
   }
 };
 
@@ -92,6 +90,7 @@ struct FullWeights {
 struct Bfloat16Weights {
   using Element = uint16_t;
   using Operand = const float*;
+  static constexpr int kMostRows = 4;  // beside a pair of vectors of weights for each of a tile
 
   static Element round(float x) {
     uint32_t bits;
@@ -108,14 +107,17 @@ struct Bfloat16Weights {
     fill_block<2, kVectors>(source, static_cast<Element*>(out),
                             [&](int64_t row, int64_t k, int) { return round(source.w[row * source.depth + k]); });
   }
-  static Operand operand(const float* row, int64_t, char*&) { return row; }
+  static void prepare(const float*, int64_t, int64_t, char*) {}
+  static FASTRNN_INLINE Operand operand(const float* rows, int64_t row, int64_t depth, const char*) {
+    return rows + row * padded(depth);
+  }
 
-  template <int kRows, int kVectors>
-  static FASTRNN_SHARED void multiply(Vec<float> (&sum)[kRows][kVectors], const char* block, const Operand (&a)[kRows],
-                                      int64_t depth, bool) {
+  template <int kPartials, int kRows, int kVectors>
+  static FASTRNN_SHARED void multiply(float* sums, const char* block, const Operand (&a)[kRows], int64_t depth, bool) {
     using V = Vec<float>;
     using I = at::vec::Vectorized<int32_t>;
-    constexpr int kPartials = partial_sums(kRows, kVectors) > 1 ? 2 : 1;
+    V sum[kRows][kVectors];
+    set_zero(sum);
     constexpr int64_t kChunk = 192;  // a long sum is one of chunks, as in accumulate()
     const int32_t* w = reinterpret_cast<const int32_t*>(block);
     for (int64_t begin = 0; begin < depth; begin += kChunk) {
@@ -150,6 +152,11 @@ struct Bfloat16Weights {
           for (int p = 0; p < kPartials; ++p) sum[r][v] = sum[r][v] + partial[p][r][v];
         }
       }
+    }
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 32
+      for (int v = 0; v < kVectors; ++v) sum[r][v].store(sums + (r * kVectors + v) * V::size());
     }
   }
 };
@@ -256,6 +263,7 @@ struct Int8Weights {
     const uint8_t* u;  // [padded(depth)]
     float scale;  // t
   };
+  static constexpr int kMostRows = 4;
   static constexpr int kTogether = 4;
 
   template <int kVectors>
@@ -303,16 +311,30 @@ struct Int8Weights {
                                     [&](int64_t row, int64_t k, int lane) { return quantise(row, k, scale[lane]); });
   }
 
-  static Operand operand(const float* row, int64_t depth, char*& memory) {
+  // [rows] of quantised_row(depth) bytes each, the scale behind the integers
+  static void prepare(const float* rows, int64_t count, int64_t depth, char* memory) {
+    for (int64_t r = 0; r < count; ++r) {
+      char* const row = memory + r * quantised_row(depth);
+      const float scale = quantise_row(rows + r * padded(depth), depth, reinterpret_cast<uint8_t*>(row));
+      std::memcpy(row + padded(depth), &scale, sizeof(scale));
+    }
+  }
+  static FASTRNN_INLINE Operand operand(const float*, int64_t row, int64_t depth, const char* memory) {
+    const char* const at = memory + row * quantised_row(depth);
+    Operand operand{reinterpret_cast<const uint8_t*>(at), 0};
+    std::memcpy(&operand.scale, at + padded(depth), sizeof(operand.scale));
+    return operand;
+  }
+
+  // u [padded(depth)]; t
+  static float quantise_row(const float* row, int64_t depth, uint8_t* u) {
     using V = Vec<float>;
-    uint8_t* u = reinterpret_cast<uint8_t*>(memory);
-    memory += padded(depth);
     V largest(0);
     for (int64_t k = 0; k < depth; k += V::size()) largest = at::vec::maximum(largest, V::loadu(row + k).abs());
     const float most = at::vec::vec_reduce_all<float>([](V a, V b) { return at::vec::maximum(a, b); }, largest);
     if (!std::isfinite(most)) {
       std::memset(u, 128, padded(depth));
-      return {u, std::numeric_limits<float>::quiet_NaN()};
+      return std::numeric_limits<float>::quiet_NaN();
     }
     const V inverse(most > 1e-35f ? 127 / most : 0);  // of less the inverse may be infinite: that counts as zero
     for (int64_t k = 0; k < padded(depth); k += V::size()) {
@@ -321,22 +343,21 @@ struct Int8Weights {
       at::vec::convert_to_int_of_same_size(scaled).store(q);
       for (int i = 0; i < V::size(); ++i) u[k + i] = static_cast<uint8_t>(q[i] + 128);
     }
-    return {u, most / 127};
+    return most / 127;
   }
 
-  template <int kRows, int kVectors>
-  static FASTRNN_SHARED void multiply(Vec<float> (&sum)[kRows][kVectors], const char* block, const Operand (&a)[kRows],
-                                      int64_t depth, bool int8_dot) {
+  template <int, int kRows, int kVectors>
+  static FASTRNN_SHARED void multiply(float* sums, const char* block, const Operand (&a)[kRows], int64_t depth,
+                                      bool int8_dot) {
     if (int8_dot) {
-      multiply_with<DotInstruction>(sum, block, a, depth);
+      multiply_with<DotInstruction, kRows, kVectors>(sums, block, a, depth);
     } else {
-      multiply_with<PairProducts>(sum, block, a, depth);
+      multiply_with<PairProducts, kRows, kVectors>(sums, block, a, depth);
     }
   }
 
   template <class Products, int kRows, int kVectors>
-  static void multiply_with(Vec<float> (&sum)[kRows][kVectors], const char* block, const Operand (&a)[kRows],
-                            int64_t depth) {
+  static void multiply_with(float* sums, const char* block, const Operand (&a)[kRows], int64_t depth) {
     using V = Vec<float>;
     using I = at::vec::Vectorized<int32_t>;
     constexpr int kLanes = V::size();
@@ -379,7 +400,7 @@ struct Int8Weights {
         const I correction = I::loadu(behind + kRowBytes<kVectors> + v * sizeof(V));
         const V exact = at::vec::convert_to_fp_of_same_size<float>(I::loadu(lanes) - correction);
         const V row_scale = V::loadu(reinterpret_cast<const float*>(behind) + v * kLanes);
-        sum[r][v] = at::vec::fmadd(exact, row_scale * scale, sum[r][v]);
+        (exact * (row_scale * scale)).store(sums + (r * kVectors + v) * kLanes);
       }
     }
   }

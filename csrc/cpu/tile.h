@@ -168,14 +168,14 @@ FASTRNN_INLINE void multiply(T* sums, bool add, const Packed<T>& packed, const T
 // by one would each be rounded as it is. So callers add what they have last, and a long sum is one of chunks, each from
 // zero. The sums go through memory, to a function that is nothing but the loop: within a caller g++ keeps some of
 // them on the stack throughout.
-template <int kRows, int kVectors, class T>
+template <int kRows, int kVectors, int kPartials = partial_sums(kRows, kVectors), class T>
 [[gnu::noinline]] void accumulate(T* sums, bool add, const Packed<T>& packed, const T* const (&a)[kRows],
                                   int64_t depth) {
   constexpr int64_t kChunk = 192;
   int64_t begin = 0;
   do {
     const int64_t end = std::min(begin + kChunk, depth);
-    multiply<partial_sums(kRows, kVectors), kVectors>(sums, add, packed, a, begin, end);
+    multiply<kPartials, kVectors>(sums, add, packed, a, begin, end);
     begin = end;
     add = true;
   } while (begin < depth);

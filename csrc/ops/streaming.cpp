@@ -294,10 +294,16 @@ class TypedSession : public PySession {
   template <class Storage>
   void advance(const Storage* from, Strides a, Storage* to, Strides b, int64_t steps) {
     const int64_t batch = session_->batch(), inputs = session_->inputs(), outputs = session_->outputs();
-    for (int64_t t = 0; t < steps; ++t, from += a.step, to += b.step) {
-      copy_rows(from, a, session_->input(), rows_of(padded(inputs)), batch, inputs);
-      session_->advance();
-      copy_rows(session_->output(), rows_of(padded(outputs)), to, b, batch, outputs);
+    const int64_t of_input = batch * padded(inputs), of_output = batch * padded(outputs);  // a step
+    for (int64_t t = 0, some = 0; t < steps; t += some) {
+      some = std::min(session_->window(), steps - t);
+      for (int64_t i = 0; i < some; ++i, from += a.step) {
+        copy_rows(from, a, session_->input() + i * of_input, rows_of(padded(inputs)), batch, inputs);
+      }
+      session_->advance(some);
+      for (int64_t i = 0; i < some; ++i, to += b.step) {
+        copy_rows(session_->output() + i * of_output, rows_of(padded(outputs)), to, b, batch, outputs);
+      }
     }
   }
 
