@@ -1,6 +1,7 @@
 """Streaming sessions against the module's own output, step by step, and against what a session promises beside it."""
 
 import copy
+import itertools
 import os
 import subprocess
 import sys
@@ -259,7 +260,7 @@ def test_infinite_input_saturates_as_in_the_module(weight_dtype, backend):
 # --- Every instruction set of this machine ----------------------------------------------------------------------------
 
 
-SELECTED = "not python and (numbers or bfloat16 or int8 or float64 or infinite)"
+SELECTED = "not python and (numbers or bfloat16 or int8 or float64 or infinite or chunk)"
 
 
 @pytest.mark.parametrize("capability", [pytest.param("avx2", marks=pytest.mark.slow), "default"])
@@ -293,16 +294,35 @@ def test_int8_says_where_the_machine_has_no_int8_dot(native):
 # --- Chunks, states, outputs ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("batch, steps", [(1, 101), (2, 27), (3, 40), (5, 19), (17, 7), (65, 3)])
 @pytest.mark.parametrize("weight_dtype", [None, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("kind", KINDS)
-def test_chunk_is_the_steps(kind, weight_dtype, native):
+def test_chunk_is_the_steps(kind, weight_dtype, batch, steps, native):
+    """To the last bit, wherever it is cut: as many steps as are multiplied together, fewer, and one."""
     net = build(kind, 5, 33, 2)
-    one, other = (StreamingSession(net, 3, weight_dtype) for _ in range(2))
-    x = torch.randn(7, 3, 5)
+    one, other = (StreamingSession(net, batch, weight_dtype) for _ in range(2))
+    x = torch.randn(steps, batch, 5)
     expected = torch.stack([one.step(row) for row in x])
-    assert torch.equal(torch.cat([other.chunk(x[:4]), other.chunk(x[4:])]), expected)
+    cuts = sorted({0, 1, 3, min(steps // 2 + 3, steps), steps})
+    chunks = [other.chunk(x[a:b]) for a, b in itertools.pairwise(cuts)]
+    assert torch.equal(torch.cat(chunks), expected)
     for a, b in zip(tensors(one.state), tensors(other.state), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("weight_dtype", [None, torch.bfloat16, torch.int8])
+def test_chunk_keeps_what_is_not_finite_in_its_row(weight_dtype, native):
+    net = build("gru", 5, 17, 2)
+    x = torch.randn(9, 2, 5)
+    expected = StreamingSession(net, 2, weight_dtype).chunk(x)
+    session = StreamingSession(net, 2, weight_dtype)
+    x[4, 0, 2] = float("nan")
+    found = session.chunk(x)
+    assert found[4:, 0].isnan().all()
+    assert torch.equal(found[:, 1], expected[:, 1]) and torch.equal(found[:4], expected[:4])
+    session.reset(torch.tensor([True, False]))
+    x[4, 0, 2] = 0
+    assert torch.equal(session.chunk(x)[:, 0], StreamingSession(net, 2, weight_dtype).chunk(x)[:, 0])
 
 
 def test_chunk_layouts(backend):

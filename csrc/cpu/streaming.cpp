@@ -65,19 +65,12 @@ void check_layers(CellKind kind, const std::vector<StreamingWeights<T>>& layers,
   }
 }
 
-template <class T>
-int64_t state_bytes(const std::vector<StreamingWeights<T>>& layers, int64_t batch) {
-  int64_t values = 0;
-  for (const auto& layer : layers) values += batch * (2 * padded(layer.shape.outputs) + padded(layer.shape.units));
-  return values * sizeof(T);
-}
-
-// Of what all layers give in a step.
-template <class T>
-int64_t sequence_bytes(const std::vector<StreamingWeights<T>>& layers, int64_t batch) {
-  int64_t values = 0;
-  for (const auto& layer : layers) values += batch * padded(layer.shape.outputs);
-  return values * sizeof(T);
+// The sum of f over the layers.
+template <class T, class F>
+int64_t sum_of(const std::vector<StreamingWeights<T>>& layers, const F& f) {
+  int64_t sum = 0;
+  for (const auto& layer : layers) sum += f(layer.shape);
+  return sum;
 }
 
 // The largest of f over the layers.
@@ -88,11 +81,10 @@ int64_t largest(const std::vector<StreamingWeights<T>>& layers, const F& f) {
   return most;
 }
 
-template <class T>
-int64_t bytes_of_all(const StreamingKernels<T>& kernels, const std::vector<StreamingWeights<T>>& layers) {
-  int64_t bytes = 0;
-  for (const auto& layer : layers) bytes += kernels.packed_bytes(layer.shape);
-  return bytes;
+// Elements that a layer keeps for a row of the batch: h twice, c, o tanh(c). Behind the size of each lie zeros, so that
+// layers of other sizes share none of it.
+int64_t state_row(const LayerShape& s) {
+  return 2 * padded(s.outputs) + padded(s.units) + (s.projected ? padded(s.units) : 0);
 }
 
 // Steps whose inputs are multiplied at once: with more rows there is no more to gain, and their products should find
@@ -132,27 +124,30 @@ StreamingSession<T>::StreamingSession(CellKind kind, const std::vector<Streaming
       batch_(batch),
       window_(window_of(kernels_, checked(kind, layers, batch, type), batch)),
       int8_dot_(has_int8_dot()),
-      weights_(bytes_of_all(kernels_, layers)),
-      states_(state_bytes(layers, batch)),
-      input_(window_ * batch * padded(layers.front().shape.inputs) * static_cast<int64_t>(sizeof(T))),
-      activation_(batch * static_cast<int64_t>(sizeof(T)) *
-                  largest(layers, [](const LayerShape& s) { return s.projected ? padded(s.units) : 0; })),
-      quantised_(
-          type != WeightType::kInt8
-              ? 0
-              : largest(layers, [&](const LayerShape& s) { return quantised_bytes(s, batch, window_ * batch); })),
-      products_(window_ == 1
-                    ? 0
-                    : largest(layers, [&](const LayerShape& s) { return kernels_.product_bytes(s, window_ * batch); })),
-      sequences_(window_ == 1 ? 0 : window_ * sequence_bytes(layers, batch)) {
+      weights_(sum_of(layers, [&](const LayerShape& s) { return kernels_.packed_bytes(s); })),
+      states_(batch * kSize * sum_of(layers, state_row)),
+      input_(window_ * batch * kSize * padded(layers.front().shape.inputs)),
+      quantised_(largest(layers,
+                         [&](const LayerShape& s) {
+                           return type == WeightType::kInt8 ? quantised_bytes(s, batch, window_ * batch) : 0;
+                         })),
+      products_(largest(
+          layers, [&](const LayerShape& s) { return window_ > 1 ? kernels_.product_bytes(s, window_ * batch) : 0; })),
+      sequences_(sum_of(
+          layers, [&](const LayerShape& s) { return window_ > 1 ? window_ * batch * kSize * padded(s.outputs) : 0; })) {
   char* packed = weights_.as<char>();
   T *state = states_.as<T>(), *sequence = sequences_.as<T>();
   for (const auto& weights : layers) {
     const LayerShape& shape = weights.shape;
     const int64_t h = batch * padded(shape.outputs), c = batch * padded(shape.units);
-    layers_.push_back({shape, packed, {state, state + h}, traits(kind).states > 1 ? state + 2 * h : nullptr, sequence});
+    layers_.push_back({shape,
+                       packed,
+                       {state, state + h},
+                       traits(kind).states > 1 ? state + 2 * h : nullptr,
+                       shape.projected ? state + 2 * h + c : nullptr,
+                       sequence});
     packed += kernels_.packed_bytes(shape);
-    state += 2 * h + c;
+    state += batch * state_row(shape);
     if (window_ > 1) sequence += window_ * h;
   }
   output_ = layers_.back().h[phase_];
@@ -173,7 +168,6 @@ StreamingStep<T> StreamingSession<T>::first_layer() noexcept {
   StreamingStep<T> step;
   step.batch = batch_;
   step.int8_dot = int8_dot_;
-  step.activation = activation_.as<T>();
   step.quantised = quantised_.bytes() > 0 ? quantised_.as<char>() : nullptr;
   step.input = input();
   return step;
@@ -184,6 +178,7 @@ void StreamingSession<T>::enter(const Layer& layer, StreamingStep<T>& step) noex
   step.shape = layer.shape;
   step.packed = layer.packed;
   step.c = layer.c;
+  step.activation = layer.activation;
 }
 
 template <class T>

@@ -53,7 +53,7 @@ class StreamingSession {
   void advance(int64_t steps = 1) noexcept;
   const T* output() const noexcept { return output_; }  // [steps, N, padded(P or H)], until the next call
 
-  // The states of a layer, to read and to write: up to outputs() or units(); what is beyond must stay zero.
+  // The states of a layer, to read and to write: as far as its shape says; what is beyond must stay zero.
   T* h(int64_t layer) noexcept { return layers_[layer].h[phase_]; }  // [N, padded(P or H)]
   T* c(int64_t layer) noexcept { return layers_[layer].c; }  // [N, padded(H)], null for cells without
   void reset() noexcept;  // zeros everywhere
@@ -61,9 +61,9 @@ class StreamingSession {
 
   int64_t batch() const noexcept { return batch_; }
   int64_t depth() const noexcept { return static_cast<int64_t>(layers_.size()); }
+  const LayerShape& shape(int64_t layer) const noexcept { return layers_[layer].shape; }
   int64_t inputs() const noexcept { return layers_.front().shape.inputs; }
-  int64_t units() const noexcept { return layers_.front().shape.units; }
-  int64_t outputs() const noexcept { return layers_.front().shape.outputs; }
+  int64_t outputs() const noexcept { return layers_.back().shape.outputs; }
   int64_t packed_bytes() const noexcept { return weights_.bytes(); }
 
  private:
@@ -72,8 +72,11 @@ class StreamingSession {
     void* packed;
     T* h[2];  // [N, padded(P or H)] read one, write the other
     T* c;  // [N, padded(H)] or null
+    T* activation;  // [N, padded(H)] or null
     T* sequence;  // [window, N, padded(P or H)] of several steps
   };
+
+  static constexpr int64_t kSize = sizeof(T);
 
   StreamingStep<T> first_layer() noexcept;
   static void enter(const Layer& layer, StreamingStep<T>& step) noexcept;
@@ -86,7 +89,7 @@ class StreamingSession {
   int phase_ = 0;
   const T* output_ = nullptr;
   std::vector<Layer> layers_;
-  AlignedMemory weights_, states_, input_, activation_, quantised_;
+  AlignedMemory weights_, states_, input_, quantised_;
   AlignedMemory products_, sequences_;  // of a window; products of one layer at a time
 };
 

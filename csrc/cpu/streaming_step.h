@@ -167,8 +167,9 @@ class StreamingLayer {
   }
 
   // The cells of a block of some rows, on what their inputs and states are multiplied by, [rows][vectors][lanes] each.
-  [[gnu::noinline]] static void cells(const StreamingStep<T>& s, int64_t row, int64_t count, int64_t first,
-                                      const T* input, const T* recurrent, const T* bias) {
+  static FASTRNN_INLINE void cells(const StreamingStep<T>& s, int64_t row, int64_t count, int64_t first, const T* input,
+                                   const T* recurrent, const T* bias) {
+#pragma GCC unroll 1
     for (int64_t r = 0; r < count; ++r, input += kWidth, recurrent += kWidth) {
 #pragma GCC unroll 32
       for (int u = 0; u < kUnitVectors; ++u) {

@@ -254,7 +254,8 @@ class TypedSession : public PySession {
     std::atomic_flag& flag_;
   };
 
-  int64_t state_width(size_t which) const { return which == 0 ? session_->outputs() : session_->units(); }
+  // The layers of a module are alike.
+  int64_t state_width(size_t which) const { return which == 0 ? session_->outputs() : session_->shape(0).units; }
   T* state_of(size_t which, int64_t layer) { return which == 0 ? session_->h(layer) : session_->c(layer); }
 
   // Of a step [I] or [N, I], or of a chunk [T, I], [T, N, I] or [N, T, I]; the output is laid out alike.

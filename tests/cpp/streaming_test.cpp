@@ -1,7 +1,9 @@
 // Streaming sessions as C++ uses them, without Python and without an operator: against the plain loop over steps, with
 // no allocation on the way, and the floating point mode as it was.
+#include <algorithm>
 #include <cstdlib>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -117,6 +119,40 @@ void test_session(CellKind kind, int64_t batch, int64_t units, bool projected, W
   CHECK(again == y);
 }
 
+// Layers of other widths one upon the other, by chunks: what one has left in memory must be none of the next one's.
+void test_layers_of_other_widths() {
+  constexpr int64_t kBatch = 2, kSteps = 31;
+  for (const auto& [type, tolerance] : {std::pair{WeightType::kFull, 2e-6}, std::pair{WeightType::kBfloat16, 0.02},
+                                        std::pair{WeightType::kInt8, 0.05}}) {
+    Random random(5);
+    std::vector<LoopLayer<float>> layers;
+    int64_t inputs = 37;
+    for (const int64_t units : {19, 3, 33}) {
+      layers.push_back(LoopLayer<float>::make<LstmCell<>>(random, inputs, units, true, kBatch));
+      inputs = layers.back().shape.outputs;
+    }
+    std::vector<StreamingWeights<float>> weights;
+    for (const auto& layer : layers) weights.push_back(layer.weights());
+    StreamingSession<float> session(CellKind::kLstm, weights, kBatch, type),
+        whole(CellKind::kLstm, weights, kBatch, type);
+    const int64_t of_x = kBatch * session.inputs(), of_y = kBatch * session.outputs();  // a step
+    std::vector<float> x(kSteps * of_x), y(kSteps * of_y), chunk(y.size());
+    for (float& value : x) value = static_cast<float>(random());
+    for (int64_t t = 0; t < kSteps; ++t) {
+      session.step(&x[t * of_x], &y[t * of_y]);
+      layers[0].step<LstmCell<>>(std::vector<double>(&x[t * of_x], &x[(t + 1) * of_x]), kBatch);
+      for (size_t l = 1; l < layers.size(); ++l) layers[l].step<LstmCell<>>(layers[l - 1].h, kBatch);
+      for (int64_t i = 0; i < of_y; ++i) CHECK_CLOSE(y[t * of_y + i], layers.back().h[i], tolerance);
+    }
+    whole.chunk(x.data(), chunk.data(), kSteps);
+    CHECK(y == chunk);
+    for (int64_t l = 0; l < session.depth(); ++l) {
+      const int64_t count = kBatch * padded(layers[l].shape.outputs);
+      CHECK(std::equal(session.h(l), session.h(l) + count, whole.h(l)));
+    }
+  }
+}
+
 template <class F>
 bool refuses(const F& f) {
   try {
@@ -173,6 +209,7 @@ void test_streaming() {
       test_session<LstmCell<>, float>(CellKind::kLstm, batch, units, false, WeightType::kInt8, 0.05);
     }
   }
+  test_layers_of_other_widths();
   test_refusals();
   test_floating_point_mode();
 }
