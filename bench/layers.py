@@ -207,6 +207,17 @@ def variants(problem: Problem) -> list[TrainableVariant]:
     return [_plain("torch", reference, problem), _plain("fastrnn", module, problem)]
 
 
+def _session(module: nn.Module, problem: Problem) -> Variant:
+    """The whole sequence by a session, whose weights are packed beforehand, as those of a compiled peer are."""
+    session = load_fastrnn().StreamingSession(module, problem.case.batch)
+
+    def forward() -> Tensor:
+        session.state = problem.hx
+        return session.chunk(problem.input)
+
+    return Variant("fastrnn-session", forward, problem.pack)
+
+
 def check(problem: Problem, runs: Sequence[Variant], mode: str) -> None:
     """Run every variant once and compare outputs, and in training the gradients of input and weights.
 
@@ -296,6 +307,7 @@ def measure(
     dtype: str = "float32",
     thread_count: int | None = None,
     peers: Sequence[str] = (),
+    session: bool = False,
     budget: float = 1.0,
     limit: float = math.inf,
     device: torch.device | str = "cpu",
@@ -303,7 +315,8 @@ def measure(
 ) -> Row:
     """Check and time one row; see `bench.timing.compare` for ``budget`` and ``limit`` (seconds).
 
-    ``peers`` are further runtimes, timed in inference with float32 only, as they offer no more. ``against_limits``
+    ``peers`` are further runtimes, timed in inference with float32 only, as they offer no more. ``session`` adds a session
+    of fastrnn, in inference on one thread and without lengths or resets, which is what it can do. ``against_limits``
     measures in the same rounds what the machine can do in float32. A row in tf32, or in float32 with
     ``FASTRNN_CPU_FLOAT32=bf16x3``, has fastrnn's own float32 beside it.
     """
@@ -314,6 +327,8 @@ def measure(
             from bench.peers import peer_variant
 
             runs += [peer_variant(peer, problem, count) for peer in peers]
+        if session and mode == "inference" and count == 1 and not (case.ragged or case.resets):
+            runs.append(_session(runs[1].module, problem))
         check(problem, runs, mode)
         # The mode is entered once, outside the samples: entering it costs as much as a tenth of the shortest call.
         with torch.inference_mode(mode == "inference"):

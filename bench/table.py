@@ -31,6 +31,7 @@ class Selection:
     threads: Sequence[int] = (0,)
     peers: Sequence[str] = field(default_factory=tuple)
     against_limits: bool = False
+    session: bool = False
 
     def rows(self) -> list[tuple[Case, str, str, str, int]]:
         """Case, cell, mode, dtype and threads of each row, the most work first."""
@@ -77,6 +78,7 @@ def measure_table(
                     dtype=dtype,
                     thread_count=threads,
                     peers=selection.peers,
+                    session=selection.session,
                     budget=budget,
                     limit=limit,
                     against_limits=selection.against_limits,
