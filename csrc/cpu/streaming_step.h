@@ -25,21 +25,45 @@ class StreamingLayer {
   static constexpr int64_t kOutputs = kOutputVectors * kLanes;
   static constexpr ElementState kState = Cell::kState;
 
-  // Where the parts of a packed layer lie, in bytes.
-  struct Layout {
-    int64_t input, recurrent, bias, block;  // of one block of units: its parts and its size
-    int64_t blocks;
-    int64_t output_block, output_blocks;  // of the projection, behind all blocks of units
+  // Where the parts of a block of so many vectors lie, and its size, in bytes.
+  struct Block {
+    int vectors;
+    int64_t recurrent, bias, bytes;  // the input's are at 0
+  };
 
-    explicit Layout(const LayerShape& shape)
-        : input(0),
-          recurrent(Weights::template block_bytes<kVectors>(shape.inputs)),
-          bias(recurrent + Weights::template block_bytes<kVectors>(shape.outputs)),
-          block(bias + whole_lines(kInputs * kUnits * sizeof(T))),
+  // A packed layer: blocks of units, and behind them those of the projection. The last of each has as few vectors as hold
+  // its units, where a gate has several.
+  struct Layout {
+    LayerShape shape;
+    int64_t blocks, output_blocks;
+
+    explicit Layout(const LayerShape& of)
+        : shape(of),
           blocks(fastrnn::blocks(shape.units, kUnits)),
-          output_block(shape.projected ? Weights::template block_bytes<kOutputVectors>(shape.units) : 0),
           output_blocks(shape.projected ? fastrnn::blocks(shape.outputs, kOutputs) : 0) {}
-    int64_t bytes() const { return blocks * block + output_blocks * output_block; }
+
+    Block block(int64_t b) const {
+      static_assert(kGates == 1 || kUnitVectors == 1);
+      return block_of(kGates > 1 ? kVectors : vectors_left<kVectors>(shape.units - b * kUnits));
+    }
+    int64_t begin(int64_t b) const { return b * block_of(kVectors).bytes; }  // they are whole before the last
+
+    int output_vectors(int64_t b) const { return vectors_left<kOutputVectors>(shape.outputs - b * kOutputs); }
+    int64_t output_begin(int64_t b) const {
+      return begin(blocks) + b * Weights::block_bytes(shape.units, kOutputVectors);
+    }
+    int64_t bytes() const { return output_begin(output_blocks); }
+
+   private:
+    template <int kMost>
+    static int vectors_left(int64_t count) {
+      return static_cast<int>(std::min<int64_t>(kMost, fastrnn::blocks(count, kLanes)));
+    }
+    Block block_of(int vectors) const {
+      const int64_t recurrent = Weights::block_bytes(shape.inputs, vectors);
+      const int64_t bias = recurrent + Weights::block_bytes(shape.outputs, vectors);
+      return {vectors, recurrent, bias, bias + whole_lines(kInputs * kUnits * sizeof(T))};
+    }
   };
 
  public:
@@ -48,23 +72,26 @@ class StreamingLayer {
   static void pack(const StreamingWeights<T>& weights, void* packed) {
     const LayerShape& shape = weights.shape;
     const Layout layout(shape);
-    char* out = static_cast<char*>(packed);
+    char* const out = static_cast<char*>(packed);
     std::vector<T> biases(kInputs * shape.units);
     sum_biases(kGates, kSeparate, shape.units, weights.b_ih, weights.b_hh, biases.data());
-    for (int64_t b = 0; b < layout.blocks; ++b, out += layout.block) {
+    for (int64_t b = 0; b < layout.blocks; ++b) {
       const int64_t first = b * kUnits;
-      Weights::template pack<kVectors>({weights.w_ih, shape.units, shape.inputs, first, kUnitVectors},
-                                       out + layout.input);
-      Weights::template pack<kVectors>({weights.w_hh, shape.units, shape.outputs, first, kUnitVectors},
-                                       out + layout.recurrent);
-      T* bias = reinterpret_cast<T*>(out + layout.bias);
+      const Block block = layout.block(b);
+      const int unit_vectors = block.vectors / kGates;
+      char* const to = out + layout.begin(b);
+      Weights::pack({weights.w_ih, shape.units, shape.inputs, first, block.vectors, unit_vectors}, to);
+      Weights::pack({weights.w_hh, shape.units, shape.outputs, first, block.vectors, unit_vectors},
+                    to + block.recurrent);
+      T* bias = reinterpret_cast<T*>(to + block.bias);
       for (int g = 0; g < kInputs; ++g) {
         for (int64_t j = first; j < first + kUnits; ++j) *bias++ = j < shape.units ? biases[g * shape.units + j] : T(0);
       }
     }
-    for (int64_t b = 0; b < layout.output_blocks; ++b, out += layout.output_block) {
-      Weights::template pack<kOutputVectors>({weights.w_hr, shape.outputs, shape.units, b * kOutputs, kOutputVectors},
-                                             out);
+    for (int64_t b = 0; b < layout.output_blocks; ++b) {
+      const int vectors = layout.output_vectors(b);
+      Weights::pack({weights.w_hr, shape.outputs, shape.units, b * kOutputs, vectors, vectors},
+                    out + layout.output_begin(b));
     }
   }
 
@@ -78,11 +105,12 @@ class StreamingLayer {
     const char* packed = static_cast<const char*>(s.packed);
     Weights::prepare(s.input, s.ahead, s.shape.inputs, s.quantised);
     for (int64_t b = 0; b < layout.blocks; ++b) {
-      for_tiles<kVectors>(s.batch, s.ahead, [&]<int kPartials, int kRows>(int64_t row) {
-        multiply<kPartials, kRows, kVectors>(s.products + (b * s.ahead + row) * kWidth,
-                                             packed + b * layout.block + layout.input, s.input, row, s.shape.inputs,
-                                             s.quantised, s.int8_dot);
-      });
+      T* const products = s.products + b * s.ahead * kWidth;
+      for_tiles<kVectors, kGates != 1>(
+          s.batch, s.ahead, layout.block(b).vectors, [&]<int kPartials, int kRows, int kOf>(int64_t row) {
+            multiply<kPartials, kRows, kOf>(products + row * kOf * kLanes, packed + layout.begin(b), s.input, row,
+                                            s.shape.inputs, s.quantised, s.int8_dot);
+          });
     }
   }
 
@@ -95,20 +123,23 @@ class StreamingLayer {
     if (s.ahead == 0) Weights::prepare(s.input, s.batch, s.shape.inputs, of_x);
     for (int64_t i = 0; i < layout.blocks; ++i) {
       const int64_t b = s.backwards ? layout.blocks - 1 - i : i;
-      const char* block = packed + b * layout.block;
-      for_tiles<kVectors>(s.batch, s.batch, [&]<int kPartials, int kRows>(int64_t row) {
-        alignas(64) T recurrent[kRows * kWidth], of_input[kRows * kWidth];
-        const T* input = of_input;
-        if (s.ahead > 0) {
-          input = s.products + (b * s.ahead + s.first + row) * kWidth;
-        } else {
-          multiply<kPartials, kRows, kVectors>(of_input, block + layout.input, s.input, row, s.shape.inputs, of_x,
-                                               s.int8_dot);
-        }
-        multiply<kPartials, kRows, kVectors>(recurrent, block + layout.recurrent, s.h, row, s.shape.outputs, of_h,
-                                             s.int8_dot);
-        cells(s, row, kRows, b * kUnits, input, recurrent, reinterpret_cast<const T*>(block + layout.bias));
-      });
+      const Block block = layout.block(b);
+      const char* const weights = packed + layout.begin(b);
+      const T* const products = s.products + b * s.ahead * kWidth;
+      for_tiles<kVectors, kGates != 1>(
+          s.batch, s.batch, block.vectors, [&]<int kPartials, int kRows, int kOf>(int64_t row) {
+            constexpr int64_t kStride = kOf * kLanes;
+            alignas(64) T recurrent[kRows * kStride], of_input[kRows * kStride];
+            const T* input = of_input;
+            if (s.ahead > 0) {
+              input = products + (s.first + row) * kStride;
+            } else {
+              multiply<kPartials, kRows, kOf>(of_input, weights, s.input, row, s.shape.inputs, of_x, s.int8_dot);
+            }
+            multiply<kPartials, kRows, kOf>(recurrent, weights + block.recurrent, s.h, row, s.shape.outputs, of_h,
+                                            s.int8_dot);
+            cells<kRows, kOf>(s, row, b * kUnits, input, recurrent, reinterpret_cast<const T*>(weights + block.bias));
+          });
     }
     if constexpr (Cell::kProjects) {
       if (s.shape.projected) project(s, layout);
@@ -116,48 +147,58 @@ class StreamingLayer {
   }
 
  private:
-  // Calls f.template operator()<kPartials, kRows>(row) for tiles of `rows` rows. A sum has its parts by the session's
-  // batch, not by the rows of a tile: several steps together give what they give one by one.
-  template <int kOfBlock, class F>
-  static FASTRNN_INLINE void for_tiles(int64_t batch, int64_t rows, const F& f) {
-    constexpr int kFew = kAccumulators / (2 * kOfBlock);  // whose sums have room for two parts
-    constexpr int kMost = std::min(Weights::kMostRows, max_rows(kOfBlock));
-    if constexpr (kFew > 0) {
-      if (batch <= kFew) {
-        for_row_tiles<kFew>(rows, [&]<int kRows>(RowTile tile) { f.template operator()<2, kRows>(tile.first); });
-        return;
+  // Calls f.template operator()<kPartials, kRows, kOf>(row) for tiles of `rows` rows and a block of kOf = `vectors`
+  // vectors, kMost in a whole one, as with kWhole all are. A sum has its parts by the session's batch, not by the rows of a
+  // tile: several steps together give what they give one by one.
+  template <int kMost, bool kWhole, class F>
+  static FASTRNN_INLINE void for_tiles(int64_t batch, int64_t rows, int vectors, const F& f) {
+    constexpr int kFew = kAccumulators / (2 * kMost);  // whose sums have room for two parts
+    constexpr int kMostRows = std::min(Weights::kMostRows, max_rows(kMost));
+    const auto tiles = [&]<int kOf>() __attribute__((always_inline)) {
+      if constexpr (kFew > 0) {
+        if (batch <= kFew) {
+          for_row_tiles<kFew>(rows, [&]<int kRows>(RowTile tile) { f.template operator()<2, kRows, kOf>(tile.first); });
+          return;
+        }
       }
+      for_row_tiles<kMostRows>(rows,
+                               [&]<int kRows>(RowTile tile) { f.template operator()<1, kRows, kOf>(tile.first); });
+    };
+    if constexpr (kWhole) {
+      tiles.template operator()<kMost>();
+    } else {
+      with_number<kMost>(vectors, tiles);
     }
-    for_row_tiles<kMost>(rows, [&]<int kRows>(RowTile tile) { f.template operator()<1, kRows>(tile.first); });
   }
 
-  // sums [kRows][kOfBlock][lanes] = a block times some rows of [.., padded(depth)], from `first` on.
-  template <int kPartials, int kRows, int kOfBlock>
+  // sums [kRows][kOf][lanes] = a block times some rows of [.., padded(depth)], from `first` on.
+  template <int kPartials, int kRows, int kOf>
   static FASTRNN_INLINE void multiply(T* sums, const char* block, const T* rows, int64_t first, int64_t depth,
                                       const char* quantised, bool int8_dot) {
     Operand a[kRows];
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) a[r] = Weights::operand(rows, first + r, depth, quantised);
-    Weights::template multiply<kPartials, kRows, kOfBlock>(sums, block, a, depth, int8_dot);
+    Weights::template multiply<kPartials, kRows, kOf>(sums, block, a, depth, int8_dot);
   }
 
   // The second phase: h = W_hr (o tanh(c)).
   static void project(const StreamingStep<T>& s, const Layout& layout) {
-    const char* packed = static_cast<const char*>(s.packed) + layout.blocks * layout.block;
+    const char* packed = static_cast<const char*>(s.packed);
     const int64_t outputs = padded(s.shape.outputs);
     Weights::prepare(s.activation, s.batch, s.shape.units, s.quantised);
     for (int64_t b = 0; b < layout.output_blocks; ++b) {
-      for_tiles<kOutputVectors>(s.batch, s.batch, [&]<int kPartials, int kRows>(int64_t row) {
-        alignas(64) T sums[kRows * kOutputs];
-        multiply<kPartials, kRows, kOutputVectors>(sums, packed + b * layout.output_block, s.activation, row,
-                                                   s.shape.units, s.quantised, s.int8_dot);
+      const auto tile = [&]<int kPartials, int kRows, int kOf>(int64_t row) {
+        alignas(64) T sums[kRows * kOf * kLanes];
+        multiply<kPartials, kRows, kOf>(sums, packed + layout.output_begin(b), s.activation, row, s.shape.units,
+                                        s.quantised, s.int8_dot);
         for (int r = 0; r < kRows; ++r) {
-          for (int v = 0; v < kOutputVectors; ++v) {
-            leave(s.next_h + (row + r) * outputs, V::loadu(sums + r * kOutputs + v * kLanes), b * kOutputs + v * kLanes,
+          for (int v = 0; v < kOf; ++v) {
+            leave(s.next_h + (row + r) * outputs, V::loadu(sums + (r * kOf + v) * kLanes), b * kOutputs + v * kLanes,
                   s.shape.outputs);
           }
         }
-      });
+      };
+      for_tiles<kOutputVectors, false>(s.batch, s.batch, layout.output_vectors(b), tile);
     }
   }
 
@@ -166,22 +207,23 @@ class StreamingLayer {
     if (j < size) store(row + j, value, size - j);
   }
 
-  // The cells of a block of some rows, on what their inputs and states are multiplied by, [rows][vectors][lanes] each.
-  static FASTRNN_INLINE void cells(const StreamingStep<T>& s, int64_t row, int64_t count, int64_t first, const T* input,
+  // The cells of a block of some rows, on what their inputs and states are multiplied by, [kRows][kOf][lanes] each.
+  template <int kRows, int kOf>
+  static FASTRNN_INLINE void cells(const StreamingStep<T>& s, int64_t row, int64_t first, const T* input,
                                    const T* recurrent, const T* bias) {
+    constexpr int kOfUnits = kOf / kGates;  // vectors
 #pragma GCC unroll 1
-    for (int64_t r = 0; r < count; ++r, input += kWidth, recurrent += kWidth) {
+    for (int r = 0; r < kRows; ++r, input += kOf * kLanes, recurrent += kOf * kLanes) {
 #pragma GCC unroll 32
-      for (int u = 0; u < kUnitVectors; ++u) {
+      for (int u = 0; u < kOfUnits; ++u) {
         const int64_t j = first + u * kLanes;
-        if (j >= s.shape.units) continue;
         V gate[kInputs];
 #pragma GCC unroll 32
         for (int g = 0; g < kInputs; ++g) gate[g] = V::loadu(bias + g * kUnits + u * kLanes);
 #pragma GCC unroll 32
         for (int g = 0; g < kGates; ++g) {
-          const V x = V::loadu(input + (g * kUnitVectors + u) * kLanes);
-          const V h = V::loadu(recurrent + (g * kUnitVectors + u) * kLanes);
+          const V x = V::loadu(input + (g * kOfUnits + u) * kLanes);
+          const V h = V::loadu(recurrent + (g * kOfUnits + u) * kLanes);
           if (g < kGates - kSeparate) {
             gate[g] = gate[g] + (x + h);
           } else {

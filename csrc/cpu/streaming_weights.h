@@ -1,5 +1,5 @@
 // The kinds of packed weights: how a block of them is laid out, and how it is multiplied with a few rows. Each has
-//   block_bytes, pack         one block of a matrix
+//   block_bytes, pack         one block of a matrix, of so many vectors
 //   kMostRows                 of a tile
 //   prepare, Operand, operand what rows are multiplied as: made once a step, of all rows, and found again, row by row
 //   multiply                  sums [rows][vectors][lanes] = the block times the operands of some rows, with each lane's sum
@@ -34,7 +34,7 @@ struct BlockSource {
   int64_t units;  //
   int64_t depth;  //
   int64_t first;  // unit of the block
-  int unit_vectors;  // vectors of the block for each gate
+  int vectors, unit_vectors;  // of the block, and for each gate
 
   int64_t row(int vector, int lane) const {
     const int64_t unit = first + vector % unit_vectors * Vec<T>::size() + lane;
@@ -45,11 +45,11 @@ struct BlockSource {
 constexpr int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // Writes value(row, k, lane of the block) for every place of a block.
-template <int kTogether, int kVectors, class T, class Element, class Value>
+template <int kTogether, class T, class Element, class Value>
 void fill_block(const BlockSource<T>& source, Element* out, const Value& value) {
   constexpr int kLanes = Vec<T>::size();
   for (int64_t k = 0; k < source.depth; k += kTogether) {
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < source.vectors; ++v) {
       for (int lane = 0; lane < kLanes; ++lane) {
         const int64_t row = source.row(v, lane);
         for (int i = 0; i < kTogether; ++i) {
@@ -65,14 +65,12 @@ struct FullWeights {
   using Operand = const T*;
   static constexpr int kMostRows = 6;
 
-  template <int kVectors>
-  static int64_t block_bytes(int64_t depth) {
-    return whole_lines(depth * kVectors * Vec<T>::size() * sizeof(T));
+  static int64_t block_bytes(int64_t depth, int vectors) {
+    return whole_lines(depth * vectors * Vec<T>::size() * sizeof(T));
   }
-  template <int kVectors>
   static void pack(const BlockSource<T>& source, void* out) {
-    fill_block<1, kVectors>(source, static_cast<T*>(out),
-                            [&](int64_t row, int64_t k, int) { return source.w[row * source.depth + k]; });
+    fill_block<1>(source, static_cast<T*>(out),
+                  [&](int64_t row, int64_t k, int) { return source.w[row * source.depth + k]; });
   }
   static void prepare(const T*, int64_t, int64_t, char*) {}
   static FASTRNN_INLINE Operand operand(const T* rows, int64_t row, int64_t depth, const char*) {
@@ -98,14 +96,12 @@ struct Bfloat16Weights {
     if (x != x) return static_cast<Element>(bits >> 16 | 0x40);  // stays NaN without its low half
     return static_cast<Element>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to nearest, ties to even
   }
-  template <int kVectors>
-  static int64_t block_bytes(int64_t depth) {
-    return whole_lines((depth + 1) / 2 * 2 * kVectors * Vec<float>::size() * sizeof(Element));
+  static int64_t block_bytes(int64_t depth, int vectors) {
+    return whole_lines((depth + 1) / 2 * 2 * vectors * Vec<float>::size() * sizeof(Element));
   }
-  template <int kVectors>
   static void pack(const BlockSource<float>& source, void* out) {
-    fill_block<2, kVectors>(source, static_cast<Element*>(out),
-                            [&](int64_t row, int64_t k, int) { return round(source.w[row * source.depth + k]); });
+    fill_block<2>(source, static_cast<Element*>(out),
+                  [&](int64_t row, int64_t k, int) { return round(source.w[row * source.depth + k]); });
   }
   static void prepare(const float*, int64_t, int64_t, char*) {}
   static FASTRNN_INLINE Operand operand(const float* rows, int64_t row, int64_t depth, const char*) {
@@ -266,24 +262,22 @@ struct Int8Weights {
   static constexpr int kMostRows = 4;
   static constexpr int kTogether = 4;
 
-  template <int kVectors>
-  static constexpr int64_t kRowBytes = kVectors * Vec<float>::size() * sizeof(float);  // a number for each row
-  template <int kVectors>
-  static int64_t weight_bytes(int64_t depth) {
-    return whole_lines((depth + 3) / 4 * 4 * kVectors * Vec<float>::size());
+  static constexpr int64_t row_bytes(int vectors) {  // a number for each row
+    return vectors * Vec<float>::size() * sizeof(float);
   }
-  template <int kVectors>
-  static int64_t block_bytes(int64_t depth) {
-    return weight_bytes<kVectors>(depth) + whole_lines(2 * kRowBytes<kVectors>);
+  static int64_t weight_bytes(int64_t depth, int vectors) {
+    return whole_lines((depth + 3) / 4 * 4 * vectors * Vec<float>::size());
+  }
+  static int64_t block_bytes(int64_t depth, int vectors) {
+    return weight_bytes(depth, vectors) + whole_lines(2 * row_bytes(vectors));
   }
 
-  template <int kVectors>
   static void pack(const BlockSource<float>& source, void* out) {
     constexpr int kLanes = Vec<float>::size();
     const int64_t depth = source.depth;
-    char* behind = static_cast<char*>(out) + weight_bytes<kVectors>(depth);
+    char* behind = static_cast<char*>(out) + weight_bytes(depth, source.vectors);
     float* scale = reinterpret_cast<float*>(behind);
-    float* correction = reinterpret_cast<float*>(behind + kRowBytes<kVectors>);
+    float* correction = reinterpret_cast<float*>(behind + row_bytes(source.vectors));
     const auto scale_of = [&](int64_t row) {
       float largest = 0;
       for (int64_t k = 0; k < depth; ++k) {
@@ -296,7 +290,7 @@ struct Int8Weights {
       return s > 0 ? static_cast<int8_t>(std::lrint(std::clamp(source.w[row * depth + k] / s, -127.0f, 127.0f)))
                    : int8_t(0);
     };
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < source.vectors; ++v) {
       for (int lane = 0; lane < kLanes; ++lane) {
         const int64_t row = source.row(v, lane);
         float& s = scale[v * kLanes + lane];
@@ -307,8 +301,8 @@ struct Int8Weights {
         std::memcpy(&correction[v * kLanes + lane], &corrected, sizeof(corrected));
       }
     }
-    fill_block<kTogether, kVectors>(source, static_cast<int8_t*>(out),
-                                    [&](int64_t row, int64_t k, int lane) { return quantise(row, k, scale[lane]); });
+    fill_block<kTogether>(source, static_cast<int8_t*>(out),
+                          [&](int64_t row, int64_t k, int lane) { return quantise(row, k, scale[lane]); });
   }
 
   // [rows] of quantised_row(depth) bytes each, the scale behind the integers
@@ -388,7 +382,7 @@ struct Int8Weights {
       for (int p = 0; p < kPartials; ++p) add(p, k + kTogether * p);
     }
     for (; k < depth; k += kTogether) add(0, k);
-    const char* behind = block + weight_bytes<kVectors>(depth);
+    const char* behind = block + weight_bytes(depth, kVectors);
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) {
       const V scale(a[r].scale);
@@ -397,7 +391,7 @@ struct Int8Weights {
         int32_t lanes[kLanes] = {};
 #pragma GCC unroll 32
         for (int p = 0; p < kPartials; ++p) Products::add_to(lanes, partial[p][r][v]);
-        const I correction = I::loadu(behind + kRowBytes<kVectors> + v * sizeof(V));
+        const I correction = I::loadu(behind + row_bytes(kVectors) + v * sizeof(V));
         const V exact = at::vec::convert_to_fp_of_same_size<float>(I::loadu(lanes) - correction);
         const V row_scale = V::loadu(reinterpret_cast<const float*>(behind) + v * kLanes);
         (exact * (row_scale * scale)).store(sums + (r * kVectors + v) * kLanes);
