@@ -106,9 +106,11 @@ class StreamingLayer {
     Weights::prepare(s.input, s.ahead, s.shape.inputs, s.quantised);
     for (int64_t b = 0; b < layout.blocks; ++b) {
       T* const products = s.products + b * s.ahead * kWidth;
+      const char* const weights = packed + layout.begin(b);
+      const char* const next = packed + layout.begin(std::min(b + 1, layout.blocks - 1));
       for_tiles<kVectors, kGates != 1>(
-          s.batch, s.ahead, layout.block(b).vectors, [&]<int kPartials, int kRows, int kOf>(int64_t row) {
-            multiply<kPartials, kRows, kOf>(products + row * kOf * kLanes, packed + layout.begin(b), s.input, row,
+          s.batch, s.ahead, layout.block(b).vectors, [&]<int kPartials, int kRows, int kOf>(RowTile tile) {
+            multiply<kPartials, kRows, kOf>(products + tile.first * kOf * kLanes, weights, next, s.input, tile,
                                             s.shape.inputs, s.quantised, s.int8_dot);
           });
     }
@@ -122,23 +124,27 @@ class StreamingLayer {
     Weights::prepare(s.h, s.batch, s.shape.outputs, of_h);
     if (s.ahead == 0) Weights::prepare(s.input, s.batch, s.shape.inputs, of_x);
     for (int64_t i = 0; i < layout.blocks; ++i) {
-      const int64_t b = s.backwards ? layout.blocks - 1 - i : i;
+      const auto visited = [&](int64_t at) { return s.backwards ? layout.blocks - 1 - at : at; };
+      const int64_t b = visited(i), after = visited(std::min(i + 1, layout.blocks - 1));
       const Block block = layout.block(b);
       const char* const weights = packed + layout.begin(b);
+      const char* const next = packed + layout.begin(after);
+      const int64_t next_recurrent = layout.block(after).recurrent;
       const T* const products = s.products + b * s.ahead * kWidth;
       for_tiles<kVectors, kGates != 1>(
-          s.batch, s.batch, block.vectors, [&]<int kPartials, int kRows, int kOf>(int64_t row) {
+          s.batch, s.batch, block.vectors, [&]<int kPartials, int kRows, int kOf>(RowTile tile) {
             constexpr int64_t kStride = kOf * kLanes;
             alignas(64) T recurrent[kRows * kStride], of_input[kRows * kStride];
             const T* input = of_input;
             if (s.ahead > 0) {
-              input = products + (s.first + row) * kStride;
+              input = products + (s.first + tile.first) * kStride;
             } else {
-              multiply<kPartials, kRows, kOf>(of_input, weights, s.input, row, s.shape.inputs, of_x, s.int8_dot);
+              multiply<kPartials, kRows, kOf>(of_input, weights, next, s.input, tile, s.shape.inputs, of_x, s.int8_dot);
             }
-            multiply<kPartials, kRows, kOf>(recurrent, weights + block.recurrent, s.h, row, s.shape.outputs, of_h,
-                                            s.int8_dot);
-            cells<kRows, kOf>(s, row, b * kUnits, input, recurrent, reinterpret_cast<const T*>(weights + block.bias));
+            multiply<kPartials, kRows, kOf>(recurrent, weights + block.recurrent, next + next_recurrent, s.h, tile,
+                                            s.shape.outputs, of_h, s.int8_dot);
+            cells<kRows, kOf>(s, tile.first, b * kUnits, input, recurrent,
+                              reinterpret_cast<const T*>(weights + block.bias));
           });
     }
     if constexpr (Cell::kProjects) {
@@ -147,7 +153,7 @@ class StreamingLayer {
   }
 
  private:
-  // Calls f.template operator()<kPartials, kRows, kOf>(row) for tiles of `rows` rows and a block of kOf = `vectors`
+  // Calls f.template operator()<kPartials, kRows, kOf>(tile) for tiles of `rows` rows and a block of kOf = `vectors`
   // vectors, kMost in a whole one, as with kWhole all are. A sum has its parts by the session's batch, not by the rows of a
   // tile: several steps together give what they give one by one.
   template <int kMost, bool kWhole, class F>
@@ -157,12 +163,11 @@ class StreamingLayer {
     const auto tiles = [&]<int kOf>() __attribute__((always_inline)) {
       if constexpr (kFew > 0) {
         if (batch <= kFew) {
-          for_row_tiles<kFew>(rows, [&]<int kRows>(RowTile tile) { f.template operator()<2, kRows, kOf>(tile.first); });
+          for_row_tiles<kFew>(rows, [&]<int kRows>(RowTile tile) { f.template operator()<2, kRows, kOf>(tile); });
           return;
         }
       }
-      for_row_tiles<kMostRows>(rows,
-                               [&]<int kRows>(RowTile tile) { f.template operator()<1, kRows, kOf>(tile.first); });
+      for_row_tiles<kMostRows>(rows, [&]<int kRows>(RowTile tile) { f.template operator()<1, kRows, kOf>(tile); });
     };
     if constexpr (kWhole) {
       tiles.template operator()<kMost>();
@@ -171,14 +176,14 @@ class StreamingLayer {
     }
   }
 
-  // sums [kRows][kOf][lanes] = a block times some rows of [.., padded(depth)], from `first` on.
+  // sums [kRows][kOf][lanes] = a block times the rows of a tile of [.., padded(depth)]. `next` is multiplied after it.
   template <int kPartials, int kRows, int kOf>
-  static FASTRNN_INLINE void multiply(T* sums, const char* block, const T* rows, int64_t first, int64_t depth,
-                                      const char* quantised, bool int8_dot) {
+  static FASTRNN_INLINE void multiply(T* sums, const char* block, const char* next, const T* rows, RowTile tile,
+                                      int64_t depth, const char* quantised, bool int8_dot) {
     Operand a[kRows];
 #pragma GCC unroll 32
-    for (int r = 0; r < kRows; ++r) a[r] = Weights::operand(rows, first + r, depth, quantised);
-    Weights::template multiply<kPartials, kRows, kOf>(sums, block, a, depth, int8_dot);
+    for (int r = 0; r < kRows; ++r) a[r] = Weights::operand(rows, tile.first + r, depth, quantised);
+    Weights::template multiply<kPartials, kRows, kOf>(sums, block, next, tile, a, depth, int8_dot);
   }
 
   // The second phase: h = W_hr (o tanh(c)).
@@ -187,18 +192,20 @@ class StreamingLayer {
     const int64_t outputs = padded(s.shape.outputs);
     Weights::prepare(s.activation, s.batch, s.shape.units, s.quantised);
     for (int64_t b = 0; b < layout.output_blocks; ++b) {
-      const auto tile = [&]<int kPartials, int kRows, int kOf>(int64_t row) {
+      const char* const weights = packed + layout.output_begin(b);
+      const char* const next = packed + layout.output_begin(std::min(b + 1, layout.output_blocks - 1));
+      const auto multiplied = [&]<int kPartials, int kRows, int kOf>(RowTile tile) {
         alignas(64) T sums[kRows * kOf * kLanes];
-        multiply<kPartials, kRows, kOf>(sums, packed + layout.output_begin(b), s.activation, row, s.shape.units,
-                                        s.quantised, s.int8_dot);
+        multiply<kPartials, kRows, kOf>(sums, weights, next, s.activation, tile, s.shape.units, s.quantised,
+                                        s.int8_dot);
         for (int r = 0; r < kRows; ++r) {
           for (int v = 0; v < kOf; ++v) {
-            leave(s.next_h + (row + r) * outputs, V::loadu(sums + (r * kOf + v) * kLanes), b * kOutputs + v * kLanes,
-                  s.shape.outputs);
+            leave(s.next_h + (tile.first + r) * outputs, V::loadu(sums + (r * kOf + v) * kLanes),
+                  b * kOutputs + v * kLanes, s.shape.outputs);
           }
         }
       };
-      for_tiles<kOutputVectors, false>(s.batch, s.batch, layout.output_vectors(b), tile);
+      for_tiles<kOutputVectors, false>(s.batch, s.batch, layout.output_vectors(b), multiplied);
     }
   }
 

@@ -3,7 +3,8 @@
 //   kMostRows                 of a tile
 //   prepare, Operand, operand what rows are multiplied as: made once a step, of all rows, and found again, row by row
 //   multiply                  sums [rows][vectors][lanes] = the block times the operands of some rows, with each lane's sum
-//                             over k in kPartials parts, or exact
+//                             over k in kPartials parts, or exact; `next` is the block that follows, of which this tile
+//                             fetches its part (packed_block())
 // A block of a matrix [rows, depth] is [k][vectors][lanes], for 16 bits [k / 2][vectors][lanes][2], for 8 bits
 // [k / 4][vectors][lanes][4], zeros beyond what there is. Behind 8-bit weights lie a scale and a correction for each row,
 // [vectors][lanes] each.
@@ -78,9 +79,16 @@ struct FullWeights {
   }
 
   template <int kPartials, int kRows, int kVectors>
-  static FASTRNN_INLINE void multiply(T* sums, const char* block, const Operand (&a)[kRows], int64_t depth, bool) {
-    const T* w = reinterpret_cast<const T*>(block);
-    accumulate<kRows, kVectors, kPartials>(sums, false, Packed<T>{w, w, 0}, a, depth);
+  static FASTRNN_INLINE void multiply(T* sums, const char* block, const char* next, RowTile tile,
+                                      const Operand (&a)[kRows], int64_t depth, bool) {
+    const T* const w = reinterpret_cast<const T*>(block);
+    Packed<T> packed{w, w, 0};
+    if constexpr (kPartials == 1) {  // others ask for nothing
+      constexpr int64_t kWidth = kVectors * Vec<T>::size();
+      packed.ahead_step = tile.count == 1 ? kWidth : quotient(kWidth + tile.count - 1, tile.count);
+      packed.ahead = reinterpret_cast<const T*>(next) + tile.index * packed.ahead_step * depth;
+    }
+    accumulate<kRows, kVectors, kPartials>(sums, false, packed, a, depth);
   }
 };
 
@@ -109,7 +117,8 @@ struct Bfloat16Weights {
   }
 
   template <int kPartials, int kRows, int kVectors>
-  static FASTRNN_SHARED void multiply(float* sums, const char* block, const Operand (&a)[kRows], int64_t depth, bool) {
+  static FASTRNN_SHARED void multiply(float* sums, const char* block, const char*, RowTile, const Operand (&a)[kRows],
+                                      int64_t depth, bool) {
     using V = Vec<float>;
     using I = at::vec::Vectorized<int32_t>;
     V sum[kRows][kVectors];
@@ -341,8 +350,8 @@ struct Int8Weights {
   }
 
   template <int, int kRows, int kVectors>
-  static FASTRNN_SHARED void multiply(float* sums, const char* block, const Operand (&a)[kRows], int64_t depth,
-                                      bool int8_dot) {
+  static FASTRNN_SHARED void multiply(float* sums, const char* block, const char*, RowTile, const Operand (&a)[kRows],
+                                      int64_t depth, bool int8_dot) {
     if (int8_dot) {
       multiply_with<DotInstruction, kRows, kVectors>(sums, block, a, depth);
     } else {
