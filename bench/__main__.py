@@ -53,7 +53,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="seconds for all that 'all' (default {all:.0f}) or 'full' (default {full:.0f}) does".format(**TOTALS),
     )
     parser.add_argument("--limits", action="store_true", help="measure the machine's limits beside float32 rows")
-    parser.add_argument("--session", action="store_true", help="a session beside the module, in inference on one thread")
+    parser.add_argument(
+        "--session", action="store_true", help="a session beside the module, in inference on one thread"
+    )
     parser.add_argument("--quick", action="store_true", help="a language model of a few seconds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE as well")
     parser.add_argument(

@@ -162,6 +162,17 @@ def test_measure(case, cell, mode):
     assert row.rounds >= timing.MIN_ROUNDS
 
 
+@pytest.mark.parametrize(
+    "mode, threads, beside", [("inference", 1, True), ("training", 1, False), ("inference", 2, False)]
+)
+@pytest.mark.parametrize("stateful", [False, True])
+def test_a_session_beside_a_row(mode, threads, beside, stateful):
+    case = cases.Case("tiny", 3, 5, 3, 17, "a test", stateful=stateful)
+    row = layers.measure(case, "lstm", mode, thread_count=threads, session=True, budget=0.0)
+    assert ("fastrnn-session" in row.seconds) == ("fastrnn-session" in row.peer_ratios) == beside
+    assert row.best_ratio == row.ratio  # it is no peer
+
+
 def test_least_bytes_and_operations():
     case = cases.Case("three", 2, 3, 5, 7, "a test")
     once, each_step = 4 * 4 * 7 * (5 + 7), 4 * 4 * 7 * 7
