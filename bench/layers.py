@@ -315,9 +315,9 @@ def measure(
 ) -> Row:
     """Check and time one row; see `bench.timing.compare` for ``budget`` and ``limit`` (seconds).
 
-    ``peers`` are further runtimes, timed in inference with float32 only, as they offer no more. ``session`` adds a session
-    of fastrnn, in inference on one thread and without lengths or resets, which is what it can do. ``against_limits``
-    measures in the same rounds what the machine can do in float32. A row in tf32, or in float32 with
+    ``peers`` are further runtimes, timed in inference with float32 only, as they offer no more. ``session`` adds a
+    session of fastrnn, in inference on one thread and without lengths or resets, which is what it can do.
+    ``against_limits`` measures in the same rounds what the machine can do in float32. A row in tf32, or in float32 with
     ``FASTRNN_CPU_FLOAT32=bf16x3``, has fastrnn's own float32 beside it.
     """
     with timing.threads(thread_count) as count, fp32_precision(dtype) if dtype == "tf32" else nullcontext():
