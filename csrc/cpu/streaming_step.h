@@ -25,30 +25,34 @@ class StreamingLayer {
   static constexpr int64_t kOutputs = kOutputVectors * kLanes;
   static constexpr ElementState kState = Cell::kState;
 
-  // Where the parts of a block of so many vectors lie, and its size, in bytes.
+  // A block of units: how wide it is, and where its parts lie and end, in bytes.
   struct Block {
     int vectors;
+    int64_t gate_units;  // from a gate to the next, in lanes
     int64_t recurrent, bias, bytes;  // the input's are at 0
   };
 
   // A packed layer: blocks of units, and behind them those of the projection. The last of each has as few vectors as hold
-  // its units, where a gate has several.
+  // its units, with the gates one behind the other.
   struct Layout {
     LayerShape shape;
     int64_t blocks, output_blocks;
+    Block whole, last;
 
     explicit Layout(const LayerShape& of)
         : shape(of),
           blocks(fastrnn::blocks(shape.units, kUnits)),
-          output_blocks(shape.projected ? fastrnn::blocks(shape.outputs, kOutputs) : 0) {}
-
-    Block block(int64_t b) const {
-      static_assert(kGates == 1 || kUnitVectors == 1);
-      return block_of(kGates > 1 ? kVectors : vectors_left<kVectors>(shape.units - b * kUnits));
+          output_blocks(shape.projected ? fastrnn::blocks(shape.outputs, kOutputs) : 0),
+          whole(block_of(kVectors, kUnits)),
+          last(whole) {
+      const int64_t left = shape.units - (blocks - 1) * kUnits;
+      if (const int vectors = vectors_for<kVectors>(kGates * left); vectors < kVectors) last = block_of(vectors, left);
     }
-    int64_t begin(int64_t b) const { return b * block_of(kVectors).bytes; }  // they are whole before the last
 
-    int output_vectors(int64_t b) const { return vectors_left<kOutputVectors>(shape.outputs - b * kOutputs); }
+    const Block& block(int64_t b) const { return b + 1 < blocks ? whole : last; }
+    int64_t begin(int64_t b) const { return b * whole.bytes; }
+
+    int output_vectors(int64_t b) const { return vectors_for<kOutputVectors>(shape.outputs - b * kOutputs); }
     int64_t output_begin(int64_t b) const {
       return begin(blocks) + b * Weights::block_bytes(shape.units, kOutputVectors);
     }
@@ -56,13 +60,13 @@ class StreamingLayer {
 
    private:
     template <int kMost>
-    static int vectors_left(int64_t count) {
-      return static_cast<int>(std::min<int64_t>(kMost, fastrnn::blocks(count, kLanes)));
+    static int vectors_for(int64_t lanes) {
+      return static_cast<int>(std::min<int64_t>(kMost, fastrnn::blocks(lanes, kLanes)));
     }
-    Block block_of(int vectors) const {
+    Block block_of(int vectors, int64_t gate_units) const {
       const int64_t recurrent = Weights::block_bytes(shape.inputs, vectors);
       const int64_t bias = recurrent + Weights::block_bytes(shape.outputs, vectors);
-      return {vectors, recurrent, bias, bias + whole_lines(kInputs * kUnits * sizeof(T))};
+      return {vectors, gate_units, recurrent, bias, bias + whole_lines(kInputs * kUnits * sizeof(T))};
     }
   };
 
@@ -77,20 +81,20 @@ class StreamingLayer {
     sum_biases(kGates, kSeparate, shape.units, weights.b_ih, weights.b_hh, biases.data());
     for (int64_t b = 0; b < layout.blocks; ++b) {
       const int64_t first = b * kUnits;
-      const Block block = layout.block(b);
-      const int unit_vectors = block.vectors / kGates;
+      const Block& block = layout.block(b);
       char* const to = out + layout.begin(b);
-      Weights::pack({weights.w_ih, shape.units, shape.inputs, first, block.vectors, unit_vectors}, to);
-      Weights::pack({weights.w_hh, shape.units, shape.outputs, first, block.vectors, unit_vectors},
-                    to + block.recurrent);
+      const auto pack_part = [&](const T* w, int64_t depth, char* part) {
+        Weights::pack({w, kGates, shape.units, depth, first, block.vectors, block.gate_units}, part);
+      };
+      pack_part(weights.w_ih, shape.inputs, to);
+      pack_part(weights.w_hh, shape.outputs, to + block.recurrent);
       T* bias = reinterpret_cast<T*>(to + block.bias);
       for (int g = 0; g < kInputs; ++g) {
         for (int64_t j = first; j < first + kUnits; ++j) *bias++ = j < shape.units ? biases[g * shape.units + j] : T(0);
       }
     }
     for (int64_t b = 0; b < layout.output_blocks; ++b) {
-      const int vectors = layout.output_vectors(b);
-      Weights::pack({weights.w_hr, shape.outputs, shape.units, b * kOutputs, vectors, vectors},
+      Weights::pack({weights.w_hr, 1, shape.outputs, shape.units, b * kOutputs, layout.output_vectors(b), kOutputs},
                     out + layout.output_begin(b));
     }
   }
@@ -108,11 +112,11 @@ class StreamingLayer {
       T* const products = s.products + b * s.ahead * kWidth;
       const char* const weights = packed + layout.begin(b);
       const char* const next = packed + layout.begin(std::min(b + 1, layout.blocks - 1));
-      for_tiles<kVectors, kGates != 1>(
-          s.batch, s.ahead, layout.block(b).vectors, [&]<int kPartials, int kRows, int kOf>(RowTile tile) {
-            multiply<kPartials, kRows, kOf>(products + tile.first * kOf * kLanes, weights, next, s.input, tile,
-                                            s.shape.inputs, s.quantised, s.int8_dot);
-          });
+      for_tiles<kVectors>(s.batch, s.ahead, layout.block(b).vectors,
+                          [&]<int kPartials, int kRows, int kOf>(RowTile tile) {
+                            multiply<kPartials, kRows, kOf>(products + tile.first * kOf * kLanes, weights, next,
+                                                            s.input, tile, s.shape.inputs, s.quantised, s.int8_dot);
+                          });
     }
   }
 
@@ -126,26 +130,29 @@ class StreamingLayer {
     for (int64_t i = 0; i < layout.blocks; ++i) {
       const auto visited = [&](int64_t at) { return s.backwards ? layout.blocks - 1 - at : at; };
       const int64_t b = visited(i), after = visited(std::min(i + 1, layout.blocks - 1));
-      const Block block = layout.block(b);
+      const Block& block = layout.block(b);
       const char* const weights = packed + layout.begin(b);
       const char* const next = packed + layout.begin(after);
       const int64_t next_recurrent = layout.block(after).recurrent;
       const T* const products = s.products + b * s.ahead * kWidth;
-      for_tiles<kVectors, kGates != 1>(
-          s.batch, s.batch, block.vectors, [&]<int kPartials, int kRows, int kOf>(RowTile tile) {
-            constexpr int64_t kStride = kOf * kLanes;
-            alignas(64) T recurrent[kRows * kStride], of_input[kRows * kStride];
-            const T* input = of_input;
-            if (s.ahead > 0) {
-              input = products + (s.first + tile.first) * kStride;
-            } else {
-              multiply<kPartials, kRows, kOf>(of_input, weights, next, s.input, tile, s.shape.inputs, of_x, s.int8_dot);
-            }
-            multiply<kPartials, kRows, kOf>(recurrent, weights + block.recurrent, next + next_recurrent, s.h, tile,
-                                            s.shape.outputs, of_h, s.int8_dot);
-            cells<kRows, kOf>(s, tile.first, b * kUnits, input, recurrent,
-                              reinterpret_cast<const T*>(weights + block.bias));
-          });
+      for_tiles<kVectors>(s.batch, s.batch, block.vectors, [&]<int kPartials, int kRows, int kOf>(RowTile tile) {
+        constexpr int64_t kStride = kOf * kLanes;
+        alignas(64) T recurrent[kRows * kStride + kLanes], of_input[kRows * kStride + kLanes];
+        const T* input = of_input;
+        if (s.ahead > 0) {
+          input = products + (s.first + tile.first) * kStride;
+        } else {
+          multiply<kPartials, kRows, kOf>(of_input, weights, next, s.input, tile, s.shape.inputs, of_x, s.int8_dot);
+        }
+        multiply<kPartials, kRows, kOf>(recurrent, weights + block.recurrent, next + next_recurrent, s.h, tile,
+                                        s.shape.outputs, of_h, s.int8_dot);
+        const T* const bias = reinterpret_cast<const T*>(weights + block.bias);
+        if constexpr (kOf == kVectors) {
+          cells<kUnitVectors>(s, tile.first, kRows, b * kUnits, input, recurrent, kStride, kUnits, bias);
+        } else {
+          narrow_cells(s, tile.first, kRows, b * kUnits, input, recurrent, kStride, block.gate_units, bias);
+        }
+      });
     }
     if constexpr (Cell::kProjects) {
       if (s.shape.projected) project(s, layout);
@@ -154,9 +161,9 @@ class StreamingLayer {
 
  private:
   // Calls f.template operator()<kPartials, kRows, kOf>(tile) for tiles of `rows` rows and a block of kOf = `vectors`
-  // vectors, kMost in a whole one, as with kWhole all are. A sum has its parts by the session's batch, not by the rows of a
-  // tile: several steps together give what they give one by one.
-  template <int kMost, bool kWhole, class F>
+  // vectors, kMost in a whole one. A sum has its parts by the session's batch, not by the rows of a tile: several steps
+  // together give what they give one by one.
+  template <int kMost, class F>
   static FASTRNN_INLINE void for_tiles(int64_t batch, int64_t rows, int vectors, const F& f) {
     constexpr int kFew = kAccumulators / (2 * kMost);  // whose sums have room for two parts
     constexpr int kMostRows = std::min(Weights::kMostRows, max_rows(kMost));
@@ -169,10 +176,10 @@ class StreamingLayer {
       }
       for_row_tiles<kMostRows>(rows, [&]<int kRows>(RowTile tile) { f.template operator()<1, kRows, kOf>(tile); });
     };
-    if constexpr (kWhole) {
+    if (vectors == kMost) {
       tiles.template operator()<kMost>();
     } else {
-      with_number<kMost>(vectors, tiles);
+      with_number<kMost - 1>(vectors, tiles);
     }
   }
 
@@ -205,7 +212,7 @@ class StreamingLayer {
           }
         }
       };
-      for_tiles<kOutputVectors, false>(s.batch, s.batch, layout.output_vectors(b), multiplied);
+      for_tiles<kOutputVectors>(s.batch, s.batch, layout.output_vectors(b), multiplied);
     }
   }
 
@@ -214,23 +221,22 @@ class StreamingLayer {
     if (j < size) store(row + j, value, size - j);
   }
 
-  // The cells of a block of some rows, on what their inputs and states are multiplied by, [kRows][kOf][lanes] each.
-  template <int kRows, int kOf>
-  static FASTRNN_INLINE void cells(const StreamingStep<T>& s, int64_t row, int64_t first, const T* input,
-                                   const T* recurrent, const T* bias) {
-    constexpr int kOfUnits = kOf / kGates;  // vectors
+  // The cells of a block of `count` rows, kOfGate vectors of units, on what their inputs and states are multiplied by:
+  // [count][stride] each, gates gate_units apart.
+  template <int kOfGate>
+  static FASTRNN_INLINE void cells(const StreamingStep<T>& s, int64_t row, int64_t count, int64_t first, const T* input,
+                                   const T* recurrent, int64_t stride, int64_t gate_units, const T* bias) {
 #pragma GCC unroll 1
-    for (int r = 0; r < kRows; ++r, input += kOf * kLanes, recurrent += kOf * kLanes) {
+    for (int64_t r = 0; r < count; ++r, input += stride, recurrent += stride) {
 #pragma GCC unroll 32
-      for (int u = 0; u < kOfUnits; ++u) {
-        const int64_t j = first + u * kLanes;
+      for (int u = 0; u < kOfGate; ++u) {
         V gate[kInputs];
 #pragma GCC unroll 32
         for (int g = 0; g < kInputs; ++g) gate[g] = V::loadu(bias + g * kUnits + u * kLanes);
 #pragma GCC unroll 32
         for (int g = 0; g < kGates; ++g) {
-          const V x = V::loadu(input + (g * kOfUnits + u) * kLanes);
-          const V h = V::loadu(recurrent + (g * kOfUnits + u) * kLanes);
+          const V x = V::loadu(input + g * gate_units + u * kLanes);
+          const V h = V::loadu(recurrent + g * gate_units + u * kLanes);
           if (g < kGates - kSeparate) {
             gate[g] = gate[g] + (x + h);
           } else {
@@ -238,8 +244,17 @@ class StreamingLayer {
             gate[g + kSeparate] = gate[g + kSeparate] + h;
           }
         }
-        cell(s, row + r, j, gate);
+        cell(s, row + r, first + u * kLanes, gate);
       }
+    }
+  }
+
+  // Those of a last block. Behind its units lie lanes of other gates, and mean nothing.
+  [[gnu::noinline]] static void narrow_cells(const StreamingStep<T>& s, int64_t row, int64_t count, int64_t first,
+                                             const T* input, const T* recurrent, int64_t stride, int64_t gate_units,
+                                             const T* bias) {
+    for (int64_t j = 0; first + j < s.shape.units; j += kLanes) {
+      cells<1>(s, row, count, first + j, input + j, recurrent + j, stride, gate_units, bias + j);
     }
   }
 
@@ -250,7 +265,7 @@ class StreamingLayer {
     if constexpr (kState == ElementState::kCell) state = V::loadu(c);
     if constexpr (kState == ElementState::kHidden) state = V::loadu(s.h + n * outputs + j);
     const V h = Cell::forward(gate, state, saved);
-    if constexpr (kState == ElementState::kCell) state.store(c);
+    if constexpr (kState == ElementState::kCell) store(c, state, s.shape.units - j);
     leave(s.shape.projected ? s.activation + n * units : s.next_h + n * outputs, h, j, s.shape.units);
   }
 };

@@ -28,18 +28,19 @@ inline namespace CPU_CAPABILITY {
 // Cells share the products, which are long beside a call: inlined into each, they would take minutes to compile.
 #define FASTRNN_SHARED __attribute__((noinline))
 
-// Some rows of a matrix, one for each lane of a block: lane j of vector v is row(v, j), or none (-1).
+// Some rows of a matrix [gates * units, depth], one for each lane of a block: gate after gate, those of some units each.
 template <class T>
 struct BlockSource {
-  const T* w;  // [gates * units, depth]
-  int64_t units;  //
-  int64_t depth;  //
+  const T* w;
+  int64_t gates, units, depth;
   int64_t first;  // unit of the block
-  int vectors, unit_vectors;  // of the block, and for each gate
+  int vectors;  // of the block
+  int64_t gate_units;  // lanes of a gate
 
-  int64_t row(int vector, int lane) const {
-    const int64_t unit = first + vector % unit_vectors * Vec<T>::size() + lane;
-    return unit < units ? vector / unit_vectors * units + unit : -1;
+  int64_t row(int vector, int lane) const {  // -1: none
+    const int64_t column = vector * Vec<T>::size() + lane, gate = column / gate_units;
+    const int64_t unit = first + column % gate_units;
+    return gate < gates && unit < units ? gate * units + unit : -1;
   }
 };
 
