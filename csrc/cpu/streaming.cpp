@@ -131,10 +131,8 @@ StreamingSession<T>::StreamingSession(CellKind kind, const std::vector<Streaming
                          [&](const LayerShape& s) {
                            return type == WeightType::kInt8 ? quantised_bytes(s, batch, window_ * batch) : 0;
                          })),
-      products_(largest(
-          layers, [&](const LayerShape& s) { return window_ > 1 ? kernels_.product_bytes(s, window_ * batch) : 0; })),
-      sequences_(sum_of(
-          layers, [&](const LayerShape& s) { return window_ > 1 ? window_ * batch * kSize * padded(s.outputs) : 0; })) {
+      products_(largest(layers, [&](const LayerShape& s) { return kernels_.product_bytes(s, rows_ahead()); })),
+      sequences_(rows_ahead() * kSize * sum_of(layers, [](const LayerShape& s) { return padded(s.outputs); })) {
   char* packed = weights_.as<char>();
   T *state = states_.as<T>(), *sequence = sequences_.as<T>();
   for (const auto& weights : layers) {
@@ -148,7 +146,7 @@ StreamingSession<T>::StreamingSession(CellKind kind, const std::vector<Streaming
                        sequence});
     packed += kernels_.packed_bytes(shape);
     state += batch * state_row(shape);
-    if (window_ > 1) sequence += window_ * h;
+    sequence += rows_ahead() * padded(shape.outputs);
   }
   output_ = layers_.back().h[phase_];
   refresh(layers);

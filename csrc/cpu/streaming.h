@@ -78,6 +78,7 @@ class StreamingSession {
 
   static constexpr int64_t kSize = sizeof(T);
 
+  int64_t rows_ahead() const noexcept { return window_ > 1 ? window_ * batch_ : 0; }  // of steps that go together
   StreamingStep<T> first_layer() noexcept;
   static void enter(const Layer& layer, StreamingStep<T>& step) noexcept;
   void advance_one() noexcept;

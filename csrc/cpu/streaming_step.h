@@ -137,6 +137,7 @@ class StreamingLayer {
       const T* const products = s.products + b * s.ahead * kWidth;
       for_tiles<kVectors>(s.batch, s.batch, block.vectors, [&]<int kPartials, int kRows, int kOf>(RowTile tile) {
         constexpr int64_t kStride = kOf * kLanes;
+        // a vector more: a narrow block's last gate is read whole
         alignas(64) T recurrent[kRows * kStride + kLanes], of_input[kRows * kStride + kLanes];
         const T* input = of_input;
         if (s.ahead > 0) {

@@ -4,7 +4,7 @@
 //   prepare, Operand, operand what rows are multiplied as: made once a step, of all rows, and found again, row by row
 //   multiply                  sums [rows][vectors][lanes] = the block times the operands of some rows, with each lane's sum
 //                             over k in kPartials parts, or exact; `next` is the block that follows, of which this tile
-//                             fetches its part (packed_block())
+//                             fetches its part (packed_for())
 // A block of a matrix [rows, depth] is [k][vectors][lanes], for 16 bits [k / 2][vectors][lanes][2], for 8 bits
 // [k / 4][vectors][lanes][4], zeros beyond what there is. Behind 8-bit weights lie a scale and a correction for each row,
 // [vectors][lanes] each.
@@ -62,9 +62,20 @@ void fill_block(const BlockSource<T>& source, Element* out, const Value& value) 
   }
 }
 
+// Rows that are multiplied as they are.
 template <class T>
-struct FullWeights {
+struct PlainOperands {
   using Operand = const T*;
+
+  static void prepare(const T*, int64_t, int64_t, char*) {}
+  static FASTRNN_INLINE Operand operand(const T* rows, int64_t row, int64_t depth, const char*) {
+    return rows + row * padded(depth);
+  }
+};
+
+template <class T>
+struct FullWeights : PlainOperands<T> {
+  using typename PlainOperands<T>::Operand;
   static constexpr int kMostRows = 6;
 
   static int64_t block_bytes(int64_t depth, int vectors) {
@@ -74,29 +85,19 @@ struct FullWeights {
     fill_block<1>(source, static_cast<T*>(out),
                   [&](int64_t row, int64_t k, int) { return source.w[row * source.depth + k]; });
   }
-  static void prepare(const T*, int64_t, int64_t, char*) {}
-  static FASTRNN_INLINE Operand operand(const T* rows, int64_t row, int64_t depth, const char*) {
-    return rows + row * padded(depth);
-  }
 
   template <int kPartials, int kRows, int kVectors>
   static FASTRNN_INLINE void multiply(T* sums, const char* block, const char* next, RowTile tile,
                                       const Operand (&a)[kRows], int64_t depth, bool) {
-    const T* const w = reinterpret_cast<const T*>(block);
-    Packed<T> packed{w, w, 0};
-    if constexpr (kPartials == 1) {  // others ask for nothing
-      constexpr int64_t kWidth = kVectors * Vec<T>::size();
-      packed.ahead_step = tile.count == 1 ? kWidth : quotient(kWidth + tile.count - 1, tile.count);
-      packed.ahead = reinterpret_cast<const T*>(next) + tile.index * packed.ahead_step * depth;
-    }
+    const auto packed = packed_for<kVectors>(reinterpret_cast<const T*>(block), reinterpret_cast<const T*>(next), tile,
+                                             depth);
     accumulate<kRows, kVectors, kPartials>(sums, false, packed, a, depth);
   }
 };
 
 // Two values of k to a lane of 32 bits: a shift and a mask make them float32, exactly.
-struct Bfloat16Weights {
+struct Bfloat16Weights : PlainOperands<float> {
   using Element = uint16_t;
-  using Operand = const float*;
   static constexpr int kMostRows = 4;  // beside a pair of vectors of weights for each of a tile
 
   static Element round(float x) {
@@ -111,10 +112,6 @@ struct Bfloat16Weights {
   static void pack(const BlockSource<float>& source, void* out) {
     fill_block<2>(source, static_cast<Element*>(out),
                   [&](int64_t row, int64_t k, int) { return round(source.w[row * source.depth + k]); });
-  }
-  static void prepare(const float*, int64_t, int64_t, char*) {}
-  static FASTRNN_INLINE Operand operand(const float* rows, int64_t row, int64_t depth, const char*) {
-    return rows + row * padded(depth);
   }
 
   template <int kPartials, int kRows, int kVectors>

@@ -66,18 +66,25 @@ struct Packed {
   }
 };
 
-// The tiles of a chunk fetch the next one in equal parts, each from end to end. Evenly is what counts: a core has a
-// dozen misses in flight, and lines asked for faster than L3 gives them keep the tile's own from coming out of L2.
-// Blocks have kVectors a k, but this one may be the last, and narrow: `vectors`.
+// What a tile reads, `depth` k of it, and its part of what follows. The tiles fetch that in equal parts, each from end to
+// end. Evenly is what counts: a core has a dozen misses in flight, and lines asked for faster than L3 gives them keep the
+// tile's own from coming out of L2.
+template <int kVectors, class T>
+FASTRNN_INLINE Packed<T> packed_for(const T* block, const T* following, RowTile tile, int64_t depth) {
+  constexpr int64_t kWidth = kVectors * Vec<T>::size();
+  const int64_t step = tile.count == 1 ? kWidth : quotient(kWidth + tile.count - 1, tile.count);
+  return {block, following + tile.index * step * depth, step};
+}
+
+// The same of a chunk of a block. Blocks have kVectors a k, but this one may be the last, and narrow: `vectors`.
 template <int kVectors, class T>
 FASTRNN_INLINE Packed<T> packed_block(const T* packed, int64_t depth, int64_t block, int vectors, int64_t next,
                                       RowTile tile, const Chunk& chunk) {
   constexpr int64_t kWidth = kVectors * Vec<T>::size();
   const int64_t width = vectors * Vec<T>::size();
-  const int64_t step = tile.count == 1 ? kWidth : quotient(kWidth + tile.count - 1, tile.count);
   const T* begin = packed + block * depth * kWidth;
   const T* following = chunk.last ? packed + next * depth * kWidth : begin + chunk.end * width;
-  return {begin + chunk.begin * width, following + tile.index * step * chunk.depth(), step};
+  return packed_for<kVectors>(begin + chunk.begin * width, following, tile, chunk.depth());
 }
 
 // Asks for what the end of a tile will load, from memory to L2: kParts pieces of kVectors vectors, `stride` apart. Asked
@@ -278,8 +285,8 @@ constexpr int64_t rounded_up(int64_t n, int64_t to) { return blocks(n, to) * to;
 
 // to [stored][to_stride] = the transpose of from [rows][from_stride], of which `count` columns are read; zeros beyond,
 // up to as many as lanes. Rows i and i + lanes / 2 become rows 2 i and 2 i + 1, their elements in turn; after log2(lanes)
-// such shuffles every element has changed places. What the rows hold two squares on is asked for: so many short streams
-// are more than the processor reads ahead.
+// such shuffles every element has changed places. What lies `ahead` elements behind each row is asked for: so many short
+// streams are more than the processor reads ahead.
 template <class T>
 FASTRNN_INLINE void transpose_square(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows,
                                      int64_t count, int64_t stored, int64_t ahead) {
