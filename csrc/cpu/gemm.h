@@ -25,16 +25,6 @@ class Packing {
   at::DataPtr memory_;
 };
 
-// to [count] = or += from, of which whole vectors may be read.
-template <class T>
-FASTRNN_INLINE void leave(T* to, const T* from, int64_t count, bool add) {
-  constexpr int kLanes = Vec<T>::size();
-  for (int64_t v = 0; v < count; v += kLanes) {
-    const Vec<T> sum = Vec<T>::loadu(from + v);
-    store(to + v, add ? load(to + v, count - v) + sum : sum, count - v);
-  }
-}
-
 // to [lanes][to_stride] = the first rows and columns of a factor, of which `rows` and `columns` exist; zeros beyond. Of
 // one that lies transposed as well.
 template <class T>
@@ -110,15 +100,14 @@ class TileProducts {
       const T* const block = block_.data() + deep * j;
       for_row_tiles<kTileRows>(rows, [&]<int kTile>(RowTile tile) {
         alignas(64) T sums[kTile * kWidth];
-        const T* a[kTile];
         T* const to = c + tile.first * ldc + j;
         for (int r = 0; r < kTile; ++r) {
-          a[r] = a_ + (tile.first + r) * stride_;
           for (int v = 0; v < vectors; ++v) __builtin_prefetch(to + r * ldc + v * kLanes, 1, 3);
         }
-        accumulate<kTile, kVectors>(vectors, sums, false, {block, block, 0}, a, depth);
+        accumulate<kTile, kVectors>(vectors, sums, Packed<T>{block, block, 0}, {0, depth, false},
+                                    [&](int r) { return a_ + (tile.first + r) * stride_; });
         const int64_t count = std::min(kWidth, columns - j);
-        for (int r = 0; r < kTile; ++r) leave(to + r * ldc, sums + r * vectors * kLanes, count, add);
+        for (int r = 0; r < kTile; ++r) store_sums(to + r * ldc, sums + r * vectors * kLanes, count, add);
       });
     }
   }
@@ -191,7 +180,7 @@ class PartProducts {
     const int64_t wide = whole_tiles(columns), deep = whole_tiles(depth);
     products_.multiply_parts({parts_, kAmxRows, rows, wide, deep}, {panel_.data(), kStride, kDepth},
                              {block_.data(), wide, deep * wide}, sums_.data(), wide);
-    for (int64_t r = 0; r < rows; ++r) leave(c + r * ldc, sums_.data() + r * wide, columns, add);
+    for (int64_t r = 0; r < rows; ++r) store_sums(c + r * ldc, sums_.data() + r * wide, columns, add);
   }
 
  private:
@@ -268,7 +257,7 @@ class Gemm {
                first ? ldc : width, first && add);
     });
     for (int64_t i = 1; i < shares; ++i) {
-      for (int64_t r = 0; r < sizes.m; ++r) leave(c + r * ldc, of_share(i) + r * width, sizes.n, true);
+      for (int64_t r = 0; r < sizes.m; ++r) store_sums(c + r * ldc, of_share(i) + r * width, sizes.n, true);
     }
   }
 
@@ -311,7 +300,7 @@ void multiply_few_rows(const GemmSizes& sizes, const Factor<T>& a, const Factor<
         const T* x[kRows];
         for (int r = 0; r < kRows; ++r) x[r] = a.data + (tile.first + r) * a.row;
         dots(sums, b.data + j * b.column, x, sizes.k, count);
-        for (int r = 0; r < kRows; ++r) leave(c + (tile.first + r) * ldc + j, sums[r], count, add);
+        for (int r = 0; r < kRows; ++r) store_sums(c + (tile.first + r) * ldc + j, sums[r], count, add);
       });
     }
   };

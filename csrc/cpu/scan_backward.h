@@ -218,9 +218,15 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
         if constexpr (kHasPairs) products<kProjected>(s, rows, count, block);
         return;
       }
-      for_chunks<kWidth * sizeof(T)>(depth, [&](const Chunk& chunk) {
-        for_row_tiles<kTileRows>(
-            count, [&]<int kRows>(RowTile tile) { hidden_tile<kRows, kProjected>(rows, tile, block, next, chunk); });
+      with_vectors<kVectors>(vectors_of(block), [&](auto vectors) {
+        for_chunks<kWidth * sizeof(T)>(depth, [&](const Chunk& chunk) {
+          const Part part = part_of(block, vectors, next, chunk);
+          for_row_tiles<kTileRows>(count, [&]<int kRows>(RowTile tile) {
+            T* const sums = s_.partial + (place_.member * rows_.batch + tile.first) * kWidth;
+            this->template hidden_tile<kRows>(rows + tile.first, tile, part, vectors, sums);
+            if (chunk.last) hidden_sums<kProjected, false>(rows + tile.first, kRows, sums, vectors * kLanes, block);
+          });
+        });
       });
     });
   }
@@ -262,29 +268,35 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     }
   }
 
-  template <int kRows, bool kProjected>
-  void hidden_tile(const Row* all_rows, RowTile tile, int64_t block, int64_t next, const Chunk& chunk) const {
-    const Row* rows = all_rows + tile.first;
-    const int64_t units = shape_.units;
-    const int vectors = vectors_of(block);
-    T* partial = s_.partial + (place_.member * rows_.batch + tile.first) * kWidth;
-    const T* gates[kRows];
+  // What the tiles of a chunk have in common. The separate gates have their recurrent parts behind those of all gates.
+  struct Part {
+    PackedChunk<T> weights;
+    Segment together, apart;
+    int64_t asked;  // the unit from which on rows are asked for what the cells load, or -1
+  };
+
+  FASTRNN_INLINE Part part_of(int64_t block, int vectors, int64_t next, const Chunk& chunk) const {
+    const int64_t units = shape_.units, adding = (kGates - kSeparate) * units;
+    const int64_t together = std::clamp<int64_t>(adding - chunk.begin, 0, chunk.depth());
+    return {packed_chunk<kVectors>(s_.packed, kGates * units, block, vectors, next, chunk),
+            {chunk.begin, together, !chunk.first},
+            {chunk.begin + together + kSeparate * units, chunk.depth() - together, true},
+            chunk.last && !shape_.projected ? block * kWidth : -1};
+  }
+
+  template <int kRows, class Vectors>
+  [[gnu::noinline]] void hidden_tile(const Row* rows, const RowTile& tile, const Part& part, Vectors vectors,
+                                     T* partial) const {
+    if (part.asked >= 0) {
 #pragma GCC unroll 32
-    for (int r = 0; r < kRows; ++r) {
-      gates[r] = rows[r].next_gates + chunk.begin;
-      if (!kProjected && chunk.last) prefetch_row(rows[r], block * kWidth);
+      for (int r = 0; r < kRows; ++r) prefetch_row(rows[r], part.asked);
     }
-    const Packed<T> w = packed_block<kVectors>(s_.packed, kGates * units, block, vectors, next, tile, chunk);
-    // the separate gates have their recurrent parts behind those of all gates
-    constexpr int kAdding = kGates - kSeparate;
-    const int64_t together = std::clamp<int64_t>(kAdding * units - chunk.begin, 0, chunk.depth());
-    if (together > 0 || chunk.first) accumulate<kRows, kVectors>(vectors, partial, !chunk.first, w, gates, together);
-    if (together < chunk.depth()) {
-#pragma GCC unroll 32
-      for (int r = 0; r < kRows; ++r) gates[r] += together + kSeparate * units;
-      accumulate<kRows, kVectors>(vectors, partial, true, w.from(together, vectors), gates, chunk.depth() - together);
+    const Packed<T> w = part.weights.template of<kVectors>(tile);
+    const auto gates = [&](int r) { return rows[r].next_gates; };
+    accumulate<kRows, kVectors>(vectors, partial, w, part.together, gates);
+    if constexpr (kSeparate > 0) {
+      accumulate<kRows, kVectors>(vectors, partial, w.from(part.together.depth, vectors), part.apart, gates);
     }
-    if (chunk.last) hidden_sums<kProjected, false>(rows, kRows, partial, vectors * kLanes, block);
   }
 
   // What follows on the sums of a tile, [rows][width]. A loop of its own: unrolled within each tile it would be
@@ -341,10 +353,9 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     const T* grad[kRows];
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) grad[r] = rows[r].grad_projected;
-    accumulate<kRows, kVectors>(
-        sums[0], false,
-        packed_block<kVectors>(s_.projection, shape_.outputs, block, kVectors, next, tile, Chunk{0, shape_.outputs}),
-        grad, shape_.outputs);
+    const auto weights = packed_chunk<kVectors>(s_.projection, shape_.outputs, block, kVectors, next,
+                                                Chunk{0, shape_.outputs});
+    accumulate<kRows, kVectors>(sums[0], false, weights.template of<kVectors>(tile), grad, shape_.outputs);
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kVectors; ++v) {
         const int64_t j = block * kWidth + v * kLanes, count = shape_.units - j;

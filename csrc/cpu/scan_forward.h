@@ -257,6 +257,9 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     T* next = s_.h + (1 - s % 2) * rows_.batch * outputs;
     const int64_t after = p_.reverse ? t - 1 : t + 1;
     const auto* input = static_cast<const T*>(scan_.plan.parts > 0 ? nullptr : p_.input.data);
+    const bool follows = s + 1 < rows_.steps;
+    // Of less than a vector a row costs more to ask for than to wait for.
+    const bool ahead = follows && input != nullptr && scan_.plan.fused_input && shape_.inputs >= kLanes;
     for (int64_t i = range.begin; i < end; ++i) {
       const int64_t n = rows_.order[i], row = rows_.row(t, n);
       const Sequence sequence = rows_.sequence(n);
@@ -265,13 +268,16 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       r.h = flows ? now + n * outputs : enters && p_.h0 != nullptr ? p_.h0 + n * outputs : s_.zeros;
       r.gates = p_.gates == nullptr ? nullptr : p_.gates + row * p_.gates_stride;
       r.input = input == nullptr ? nullptr : input + row * shape_.inputs;
+      if (ahead && i < rows_.active[after]) {
+        prefetch_row(input + rows_.row(after, n) * shape_.inputs);
+      }
       r.product = p_.product == nullptr || !enters ? nullptr : p_.product + n * kGates * units;
       r.activation = s_.activation + n * units;
       r.next = next + n * outputs;
       r.output = p_.output.from(row * p_.output_stride);
       r.h_n = sequence.last(t, p_.reverse) ? p_.h_n + n * outputs : nullptr;
       r.operand = nullptr;
-      if (scan_.plan.parts > 0 && s + 1 < rows_.steps && i < rows_.active[after]) {
+      if (scan_.plan.parts > 0 && follows && i < rows_.active[after]) {
         r.operand = operand(s + 1, i);
         r.cut = !sequence.flows(after, p_.reverse);
       }
@@ -287,21 +293,45 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     return std::max<int64_t>(0, end - range.begin);
   }
 
-  void units_phase(int64_t s, const Row* rows, int64_t count) const {
-    if (scan_.plan.recurrent == Recurrent::kPacked && scan_.plan.parts == 0 && count <= kFewRows) {
-      with_fused([&]<bool kFused>() { few_rows<kFused>(s, rows, count); });
-      return;
+  // Asks for what the next step multiplies: a step is long enough for it to arrive.
+  FASTRNN_INLINE void prefetch_row(const T* x) const {
+    for (int64_t k = 0; k < shape_.inputs; k += kLanes) __builtin_prefetch(x + k, 0, 2);
+  }
+
+  // What cells are applied to.
+  struct Sums {
+    T* sums;  // [rows, stride], or of one row [blocks, stride]
+    int64_t stride;
+    int64_t gate_stride;  // from a gate to the next
+    T* input_part;  // as sums; means something where a fused input is apart
+
+    FASTRNN_INLINE Sums from(int64_t i) const {
+      return {sums + i * stride, stride, gate_stride, input_part + i * stride};
     }
-    zigzag(place_.blocks(unit_blocks()), s, [&](int64_t block, int64_t next) {
-      if (scan_.plan.parts > 0) {
-        if constexpr (kHasPairs) products(s, rows, count, block);
-      } else if (scan_.plan.recurrent == Recurrent::kNatural) {
-        for_row_tiles<kDotInputs>(count, [&]<int kRows>(RowTile i) { natural_tile<kRows>(rows + i.first, block); });
-      } else if (scan_.plan.recurrent == Recurrent::kProduct) {
-        products_of_caller(rows, count, block);
-      } else {
-        with_fused([&]<bool kFused>() { tiles<kFused>(rows, count, block, next); });
+  };
+
+  // Those that so many rows have of a block.
+  Sums sums_of(T* partial, int64_t rows, int64_t block) const {
+    const int vectors = vectors_of(block);
+    return {partial, vectors * kLanes, gate_stride(block, vectors), partial + rows * vectors * kLanes};
+  }
+
+  void units_phase(int64_t s, const Row* rows, int64_t count) const {
+    const bool multiplies = scan_.plan.parts == 0 && scan_.plan.recurrent != Recurrent::kProduct;
+    with_fused([&]<bool kFused>() {
+      if (multiplies && count <= kFewRows) {
+        few_rows<kFused>(s, rows, count);
+        return;
       }
+      zigzag(place_.blocks(unit_blocks()), s, [&](int64_t block, int64_t next) {
+        if (multiplies) {
+          block_of_units<kFused>(rows, count, block, next);
+        } else if (scan_.plan.parts > 0) {
+          if constexpr (kHasPairs) products<kFused>(s, rows, count, block);
+        } else {
+          products_of_caller(rows, count, block);
+        }
+      });
     });
   }
 
@@ -321,24 +351,31 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     const Range range = place_.blocks(unit_blocks());
     const int64_t of_block = count * kPartial;
     T* const all = sums_of_member();
-    const auto sums_at = [&](int64_t block) { return all + (block - range.begin) * of_block; };
+    const auto sums_at = [&](int64_t block) { return sums_of(all + (block - range.begin) * of_block, count, block); };
+    const bool natural = scan_.plan.recurrent == Recurrent::kNatural;
     with_number<kFewRows>(static_cast<int>(count), [&]<int kRows>() {
       zigzag(range, s, [&](int64_t block, int64_t next) {
-        this->template tile<kRows>(rows, RowTile{0, 0, 1}, block, next, Chunk{0, depth(scan_)}, sums_at(block));
+        if (natural) {
+          this->template natural_tile<kFused, kRows>(rows, block, sums_at(block));
+          return;
+        }
+        with_vectors<kVectors>(vectors_of(block), [&](auto vectors) {
+          const Part part = part_of<kFused>(block, vectors, next, Chunk{0, depth(scan_)});
+          this->template tile<kFused, kRows>(rows, RowTile{0, 0, 1}, part, vectors, sums_at(block));
+        });
       });
     });
     const int64_t whole = std::min(range.end, shape_.units / kUnits);  // blocks before it are
     for (int64_t r = 0; r < count; ++r) {
-      Sums sums = sums_of(all, count, range.begin).from(r);
+      Sums sums = sums_at(range.begin).from(r);
       sums.stride = of_block;  // no longer from row to row
       cells_along<kFused>(rows[r], whole - range.begin, sums, range.begin * kUnits);
     }
-    for (int64_t b = whole; b < range.end; ++b) {
-      cells<kFused>(rows, count, sums_of(sums_at(b), count, b), b * kUnits);
-    }
+    for (int64_t b = whole; b < range.end; ++b) cells<kFused>(rows, count, sums_at(b), b * kUnits);
   }
 
   // Gate pre-activations of one block of units from products of bfloat16, and the cell on them.
+  template <bool kFused>
   void products(int64_t s, const Row* rows, int64_t count, int64_t block) const {
     const int64_t inputs = input_width(scan_), width = s_.operands.width();
     const auto* w = reinterpret_cast<const at::BFloat16*>(s_.packed + block * depth(scan_) * kWidth);
@@ -350,15 +387,13 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       };
       // A matrix unit is set up anew whenever a product is of another kind than the one before: one for x and h together,
       // or two alike.
-      if (kInputApart && scan_.plan.fused_input) {
+      if (kInputApart && kFused) {
         multiply(inputs, x, w, sums + kWidth);
         multiply(width - inputs, x + inputs, w + inputs * kWidth, sums);
       } else {
         multiply(width, x, w, sums);
       }
-      with_fused([&]<bool kFused>() {
-        cells<kFused>(rows + first, some, {sums, kPartial, kUnits, sums + kWidth}, block * kUnits);
-      });
+      cells<kFused>(rows + first, some, {sums, kPartial, kUnits, sums + kWidth}, block * kUnits);
     });
   }
 
@@ -377,63 +412,65 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     cells<false>(rows, count, {sums, kWidth, kUnits, sums}, begin);
   }
 
-  // The sums of a block of units and the cells on them, tile by tile of rows.
+  // The sums of a block of units, a few rows at a time, and the cells on them. Tiles of many k are best followed by their
+  // cells each (1.02 measured), and those of few k by those of all, whose calls and turns are fewer (1.05).
   template <bool kFused>
-  void tiles(const Row* rows, int64_t count, int64_t block, int64_t next) const {
-    for_chunks<kWidth * sizeof(T)>(depth(scan_), [&](const Chunk& chunk) {
-      for_row_tiles<kTileRows>(count, [&]<int kRows>(RowTile tile) {
-        T* const sums = sums_of_member() + tile.first * kPartial;
-        this->template tile<kRows>(rows + tile.first, tile, block, next, chunk, sums);
-        if (chunk.last) cells<kFused>(rows + tile.first, kRows, sums_of(sums, kRows, block), block * kUnits);
+  void block_of_units(const Row* rows, int64_t count, int64_t block, int64_t next) const {
+    constexpr int64_t kManyK = 256;
+    const Sums sums = sums_of(sums_of_member(), count, block);
+    const bool each = depth(scan_) > kManyK;  // never where the weights are read as they lie
+    if (scan_.plan.recurrent == Recurrent::kNatural) {
+      for_row_tiles<kDotInputs>(count, [&]<int kRows>(RowTile tile) {
+        natural_tile<kFused, kRows>(rows + tile.first, block, sums.from(tile.first));
       });
-    });
+    } else {
+      with_vectors<kVectors>(vectors_of(block), [&](auto vectors) {
+        for_chunks<kWidth * sizeof(T)>(depth(scan_), [&](const Chunk& chunk) {
+          const Part part = part_of<kFused>(block, vectors, next, chunk);
+          for_row_tiles<kTileRows>(count, [&]<int kRows>(RowTile tile) {
+            const Sums of_tile = sums.from(tile.first);
+            this->template tile<kFused, kRows>(rows + tile.first, tile, part, vectors, of_tile);
+            if (each && chunk.last) cells<kFused>(rows + tile.first, kRows, of_tile, block * kUnits);
+          });
+        });
+      });
+    }
+    if (!each) cells<kFused>(rows, count, sums, block * kUnits);
   }
 
-  // What kRows rows multiply of one block of units; the cells add biases and an input projection from ahead.
-  template <int kRows>
-  [[gnu::noinline]] void tile(const Row* rows, const RowTile& tile, int64_t block, int64_t next, const Chunk& chunk,
-                              T* partial) const {
-    const int vectors = vectors_of(block);
-    const int64_t units = shape_.units, begin = block * kUnits;
-    const bool fused = scan_.plan.fused_input;
-    T* const input_part = partial + kRows * vectors * kLanes;
-    if (chunk.last && rows[0].gates != nullptr) {
-#pragma GCC unroll 32
-      for (int r = 0; r < kRows; ++r) prefetch<kGates, kUnitVectors>(rows[r].gates + begin, units);
-    }
-    const Packed<T> w = packed_block<kVectors>(s_.packed, depth(scan_), block, vectors, next, tile, chunk);
-    const T* a[kRows];
-    const int64_t inputs = fused ? std::clamp<int64_t>(shape_.inputs - chunk.begin, 0, chunk.depth()) : 0;
-    if (fused && (inputs > 0 || chunk.first)) {
-#pragma GCC unroll 32
-      for (int r = 0; r < kRows; ++r) a[r] = rows[r].input + chunk.begin;
-      accumulate<kRows, kVectors>(vectors, kInputApart ? input_part : partial, !chunk.first, w, a, inputs);
-    }
-    if (chunk.depth() > inputs) {
-      const int64_t k = std::max<int64_t>(0, chunk.begin - (fused ? shape_.inputs : 0));  // of h
-#pragma GCC unroll 32
-      for (int r = 0; r < kRows; ++r) a[r] = rows[r].h + k;
-      const bool add = k > 0 || (fused && !kInputApart);
-      accumulate<kRows, kVectors>(vectors, partial, add, w.from(inputs, vectors), a, chunk.depth() - inputs);
-    }
-  }
-
-  // What cells are applied to.
-  struct Sums {
-    const T* sums;  // [rows, stride], or of one row [blocks, stride]
-    int64_t stride;
-    int64_t gate_stride;  // from a gate to the next
-    const T* input_part;  // as sums; means something where a fused input is apart
-
-    FASTRNN_INLINE Sums from(int64_t i) const {
-      return {sums + i * stride, stride, gate_stride, input_part + i * stride};
-    }
+  // What the tiles of a chunk have in common. What is the same for all of them is not found anew for each: after the
+  // loops of a tile a processor foresees no branch.
+  struct Part {
+    PackedChunk<T> weights;
+    Segment x, h;
+    int64_t asked;  // the unit from which on rows are asked for what the cells load, or -1
   };
 
-  // Those that a tile of so many rows leaves.
-  Sums sums_of(const T* partial, int64_t rows, int64_t block) const {
-    const int vectors = vectors_of(block);
-    return {partial, vectors * kLanes, gate_stride(block, vectors), partial + rows * vectors * kLanes};
+  template <bool kFused>
+  FASTRNN_INLINE Part part_of(int64_t block, int vectors, int64_t next, const Chunk& chunk) const {
+    const int64_t inputs = kFused ? shape_.inputs : 0;
+    const int64_t of_x = std::clamp<int64_t>(inputs - chunk.begin, 0, chunk.depth());
+    const int64_t h = std::max<int64_t>(0, chunk.begin - inputs);
+    return {packed_chunk<kVectors>(s_.packed, depth(scan_), block, vectors, next, chunk),
+            {chunk.begin, of_x, !chunk.first},
+            {h, chunk.depth() - of_x, h > 0 || (kFused && !kInputApart)},
+            chunk.last && p_.gates != nullptr ? block * kUnits : -1};
+  }
+
+  template <bool kFused, int kRows, class Vectors>
+  [[gnu::noinline]] void tile(const Row* rows, const RowTile& tile, const Part& part, Vectors vectors,
+                              const Sums& sums) const {
+    if (part.asked >= 0) {
+#pragma GCC unroll 32
+      for (int r = 0; r < kRows; ++r) prefetch<kGates, kUnitVectors>(rows[r].gates + part.asked, shape_.units);
+    }
+    const Packed<T> w = part.weights.template of<kVectors>(tile);
+    if constexpr (kFused) {
+      accumulate<kRows, kVectors>(vectors, kInputApart ? sums.input_part : sums.sums, w, part.x,
+                                  [&](int r) { return rows[r].input; });
+    }
+    accumulate<kRows, kVectors>(vectors, sums.sums, w.from(kFused ? part.x.depth : 0, vectors), part.h,
+                                [&](int r) { return rows[r].h; });
   }
 
   // The cell on the sums of a tile. A loop of its own: unrolled within each tile it would be more code than the processor
@@ -547,38 +584,30 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   }
 
   // A few rows and one block with the weights as they lie: nothing is packed for a single step.
-  template <int kRows>
-  void natural_tile(const Row* rows, int64_t block) const {
-    const int64_t units = shape_.units;
-    const T *input[kRows], *h[kRows];
-    for (int r = 0; r < kRows; ++r) input[r] = rows[r].input, h[r] = rows[r].h;
-    for (int u = 0; u < kUnitVectors; ++u) {
-      const int64_t j = block * kUnits + u * kLanes, count = std::min<int64_t>(kLanes, units - j);
-      if (count <= 0) return;
-      T inputs[kGates][kRows][kLanes], recurrent[kGates][kRows][kLanes];
-      const auto multiply = [&](T(*sums)[kRows][kLanes], const Stored<T>& matrix, const T* const(&x)[kRows],
-                                int64_t depth) {
-        with_stored(matrix, [&](const auto* w) {
-          for (int g = 0; g < kGates; ++g) dots(sums[g], w + (g * units + j) * depth, x, depth, count);
-        });
-      };
-      if (scan_.plan.fused_input) multiply(inputs, p_.w_ih, input, shape_.inputs);
-      multiply(recurrent, p_.w_hh, h, shape_.outputs);
-      for (int r = 0; r < kRows; ++r) {
-        Several<T, 1> gate[kGates + kSeparate];
+  template <bool kFused, int kRows>
+  void natural_tile(const Row* rows, int64_t block, const Sums& sums) const {
+    const int64_t units = shape_.units, begin = block * kUnits;
+    const auto multiply = [&](T* to, bool add, const Stored<T>& matrix, int64_t depth, const auto& row) {
+      const T* x[kRows];
+      for (int r = 0; r < kRows; ++r) x[r] = row(rows[r]);
+      with_stored(matrix, [&](const auto* w) {
         for (int g = 0; g < kGates; ++g) {
-          const V product = load(recurrent[g][r], count);
-          const T* from = scan_.plan.fused_input ? inputs[g][r] : rows[r].gates + g * units + j;
-          gate[g].v[0] = bias(g, j, count) + load(from, count);
-          if (g < kAdding) {
-            gate[g].v[0] = gate[g].v[0] + product;
-          } else {
-            gate[g + kSeparate].v[0] = bias(g + kSeparate, j, count) + product;
+          for (int64_t u = 0; u < units_of(block); u += kLanes) {
+            const int64_t first = g * units + begin + u, count = std::min<int64_t>(kLanes, units_of(block) - u);
+            T part[kRows][kLanes];
+            dots(part, w + first * depth, x, depth, count);
+            for (int r = 0; r < kRows; ++r) {
+              store_sums(to + r * sums.stride + g * sums.gate_stride + u, part[r], count, add);
+            }
           }
         }
-        finish<false>(rows + r, j, count, gate);
-      }
+      });
+    };
+    if (kFused) {
+      multiply(kInputApart ? sums.input_part : sums.sums, false, p_.w_ih, shape_.inputs,
+               [](const Row& row) { return row.input; });
     }
+    multiply(sums.sums, kFused && !kInputApart, p_.w_hh, shape_.outputs, [](const Row& row) { return row.h; });
   }
 
   void projection_phase(int64_t s, const Row* rows, int64_t count) const {
@@ -600,10 +629,10 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     const T* activation[kRows];
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) activation[r] = rows[r].activation;
-    accumulate<kRows, kOutputVectors>(sums[0], false,
-                                      packed_block<kOutputVectors>(s_.projection, shape_.units, block, kOutputVectors,
-                                                                   next, tile, Chunk{0, shape_.units}),
-                                      activation, shape_.units);
+    const auto weights = packed_chunk<kOutputVectors>(s_.projection, shape_.units, block, kOutputVectors, next,
+                                                      Chunk{0, shape_.units});
+    accumulate<kRows, kOutputVectors>(sums[0], false, weights.template of<kOutputVectors>(tile), activation,
+                                      shape_.units);
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kOutputVectors; ++v) {
         const int64_t j = block * kOutputs + v * kLanes, count = shape_.outputs - j;

@@ -76,16 +76,36 @@ FASTRNN_INLINE Packed<T> packed_for(const T* block, const T* following, RowTile 
   return {block, following + tile.index * step * depth, step};
 }
 
-// The same of a chunk of a block. Blocks have kVectors a k, but this one may be the last, and narrow: `vectors`.
+// A chunk of a block, and what is multiplied after it.
+template <class T>
+struct PackedChunk {
+  const T* begin;
+  const T* following;
+  int64_t depth;
+
+  // What a tile reads of it. Blocks have kVectors a k, but this one may be the last, and narrow.
+  template <int kVectors>
+  FASTRNN_INLINE Packed<T> of(RowTile tile) const {
+    return packed_for<kVectors>(begin, following, tile, depth);
+  }
+};
+
+// Of block `block`, which has `vectors` a k and is `depth` deep as all are.
 template <int kVectors, class T>
-FASTRNN_INLINE Packed<T> packed_block(const T* packed, int64_t depth, int64_t block, int vectors, int64_t next,
-                                      RowTile tile, const Chunk& chunk) {
+FASTRNN_INLINE PackedChunk<T> packed_chunk(const T* packed, int64_t depth, int64_t block, int vectors, int64_t next,
+                                           const Chunk& chunk) {
   constexpr int64_t kWidth = kVectors * Vec<T>::size();
   const int64_t width = vectors * Vec<T>::size();
   const T* begin = packed + block * depth * kWidth;
-  const T* following = chunk.last ? packed + next * depth * kWidth : begin + chunk.end * width;
-  return packed_for<kVectors>(begin + chunk.begin * width, following, tile, chunk.depth());
+  return {begin + chunk.begin * width, chunk.last ? packed + next * depth * kWidth : begin + chunk.end * width,
+          chunk.depth()};
 }
+
+// The k of a chunk that rows have one behind the other: their elements from `from` on. Sums begin anew or are added to.
+struct Segment {
+  int64_t from, depth;
+  bool add;
+};
 
 // Asks for what the end of a tile will load, from memory to L2: kParts pieces of kVectors vectors, `stride` apart. Asked
 // for after the sums, each line would be waited for.
@@ -251,6 +271,16 @@ template <int kInputs, class T, class W>
   }
 }
 
+// to [count] = or += from, of which whole vectors may be read.
+template <class T>
+FASTRNN_INLINE void store_sums(T* to, const T* from, int64_t count, bool add) {
+  constexpr int kLanes = Vec<T>::size();
+  for (int64_t v = 0; v < count; v += kLanes) {
+    const Vec<T> sum = Vec<T>::loadu(from + v);
+    store(to + v, add ? load(to + v, count - v) + sum : sum, count - v);
+  }
+}
+
 // Calls f.template operator()<n>() for the run-time n in 1..kMax.
 template <int kMax, class F>
 FASTRNN_INLINE void with_number(int n, const F& f) {
@@ -259,11 +289,26 @@ FASTRNN_INLINE void with_number(int n, const F& f) {
   }(std::make_integer_sequence<int, kMax>{});
 }
 
-// accumulate() for the run-time number of vectors, at most kMost.
-template <int kRows, int kMost, class T>
-FASTRNN_INLINE void accumulate(int vectors, T* sums, bool add, const Packed<T>& packed, const T* const (&a)[kRows],
-                               int64_t depth) {
-  with_number<kMost>(vectors, [&]<int kVectors>() { accumulate<kRows, kVectors>(sums, add, packed, a, depth); });
+// Calls f(vectors) with a constant where a block is whole, as nearly all are.
+template <int kMost, class F>
+FASTRNN_INLINE void with_vectors(int vectors, const F& f) {
+  if (vectors == kMost) {
+    f(std::integral_constant<int, kMost>());
+  } else {
+    f(vectors);
+  }
+}
+
+// accumulate() for a number of vectors at most kMost, and a segment of rows: row(i) of the i-th of them.
+template <int kRows, int kMost, class T, class RowOf>
+FASTRNN_INLINE void accumulate(int vectors, T* sums, const Packed<T>& packed, const Segment& segment,
+                               const RowOf& row) {
+  if (segment.depth == 0 && segment.add) return;
+  const T* a[kRows];
+#pragma GCC unroll 32
+  for (int i = 0; i < kRows; ++i) a[i] = row(i) + segment.from;
+  with_number<kMost>(vectors,
+                     [&]<int kVectors>() { accumulate<kRows, kVectors>(sums, segment.add, packed, a, segment.depth); });
 }
 
 // Splits rows [0, count) into tiles of nearly equal height: f.template operator()<height>(tile).
