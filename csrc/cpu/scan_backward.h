@@ -238,6 +238,9 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
     const int64_t width = s_.operands.width();
     const auto* w = reinterpret_cast<const at::BFloat16*>(s_.packed + block * depth(scan_) * kWidth);
     for_products(scan_.plan, count, [&](int64_t first, int64_t some, int64_t height) {
+      if (!kProjected) {
+        for (int64_t i = first; i < first + some; ++i) prefetch_row(rows[i], block * kWidth);
+      }
       if (s == 0) {
         std::fill_n(sums, some * kWidth, T(0));
       } else {

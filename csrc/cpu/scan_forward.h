@@ -382,6 +382,9 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     T* const sums = sums_of_member();
     for_products(scan_.plan, count, [&](int64_t first, int64_t some, int64_t height) {
       const at::BFloat16* x = s_.operands.of_step(s, place_) + first * s_.operands.stride();
+      for (int64_t i = first; i < first + some && rows[i].gates != nullptr; ++i) {
+        prefetch<kGates, kUnitVectors>(rows[i].gates + block * kUnits, shape_.units);
+      }
       const auto multiply = [&](int64_t k, const at::BFloat16* a, const at::BFloat16* b, T* c) {
         multiply_rows(scan_, height, some, kWidth, k, s_.operands, a, b, c, kPartial);
       };
