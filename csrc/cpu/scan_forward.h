@@ -23,7 +23,6 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   static constexpr bool kInputApart = kSeparate > 0;
   static constexpr int64_t kPartial = (kInputApart ? 2 : 1) * kWidth;  // of a row
   static constexpr int kTileRows = max_rows(kVectors);
-  static constexpr int kCells = kVectorRegisters == 32 ? 3 : 1;  // that take turns, as registers allow
   static constexpr int kFewRows = 2;  // fewer than fill the turns
   static constexpr int kOutputVectors = 4;  // of a tile of the projection
   static constexpr int64_t kOutputs = kOutputVectors * kLanes;
@@ -416,7 +415,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   }
 
   // The sums of a block of units, a few rows at a time, and the cells on them. Tiles of many k are best followed by their
-  // cells each (1.02 measured), and those of few k by those of all, whose calls and turns are fewer (1.05).
+  // cells each (1.02 times as fast), those of few k by the cells of all, in fewer and longer turns (1.05 to 1.1).
   template <bool kFused>
   void block_of_units(const Row* rows, int64_t count, int64_t block, int64_t next) const {
     constexpr int64_t kManyK = 256;
@@ -480,7 +479,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   // keeps decoded.
   template <bool kFused>
   [[gnu::noinline]] void cells(const Row* rows, int64_t row_count, Sums sums, int64_t begin) const {
-    for_row_tiles<kCells>(row_count, [&]<int K>(RowTile tile) {
+    for_row_tiles<kCellsInTurn>(row_count, [&]<int K>(RowTile tile) {
       cells_of<kFused, false, K>(rows + tile.first, sums.from(tile.first), begin);
     });
   }
@@ -488,7 +487,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   // The same of whole blocks of one row.
   template <bool kFused>
   [[gnu::noinline]] void cells_along(const Row& row, int64_t block_count, Sums sums, int64_t begin) const {
-    for_row_tiles<kCells>(block_count, [&]<int K>(RowTile tile) {
+    for_row_tiles<kCellsInTurn>(block_count, [&]<int K>(RowTile tile) {
       cells_of<kFused, true, K>(&row, sums.from(tile.first), begin + tile.first * kUnits);
     });
   }

@@ -234,17 +234,19 @@ void StreamingSession<T>::step(const T* from, T* to) noexcept {
 
 template <class T>
 void StreamingSession<T>::chunk(const T* from, T* to, int64_t steps) noexcept {
-  for (int64_t t = 0, some = 0; t < steps; t += some) {
-    some = std::min(window_, steps - t);
-    const int64_t first = t * batch_, rows = some * batch_;
-    for (int64_t n = 0; n < rows; ++n) {
-      std::copy_n(from + (first + n) * inputs(), inputs(), input() + n * padded(inputs()));
+  const auto read = [&](int64_t t, int64_t count) {
+    const T* row = from + t * batch_ * inputs();
+    for (int64_t n = 0; n < count * batch_; ++n, row += inputs()) {
+      std::copy_n(row, inputs(), input() + n * padded(inputs()));
     }
-    advance(some);
-    for (int64_t n = 0; n < rows; ++n) {
-      std::copy_n(output() + n * padded(outputs()), outputs(), to + (first + n) * outputs());
+  };
+  const auto write = [&](int64_t t, int64_t count) {
+    T* row = to + t * batch_ * outputs();
+    for (int64_t n = 0; n < count * batch_; ++n, row += outputs()) {
+      std::copy_n(output() + n * padded(outputs()), outputs(), row);
     }
-  }
+  };
+  chunk(steps, read, write);
 }
 
 template <class T>

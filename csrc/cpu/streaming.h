@@ -7,6 +7,7 @@
 // A session is used by one thread at a time. What it is made from is not needed afterwards.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -46,8 +47,18 @@ class StreamingSession {
   void step(const T* input, T* output) noexcept;  // [N, I] -> [N, P or H]
   void chunk(const T* input, T* output, int64_t steps) noexcept;  // [T, N, I] -> [T, N, P or H]
 
-  // The same in three parts, for callers with a layout of their own: fill input(), advance(), read output(). Of up to
-  // window() steps at once: what their inputs multiply is read once. No bit of the results depends on it.
+  // The same of a layout of the caller's own: read(t, count) fills input() with the steps from t on, write(t, count) takes
+  // them from output(). They are up to window() steps at once, of which the weights of the input are read once; no bit of
+  // the results depends on it.
+  template <class Read, class Write>
+  void chunk(int64_t steps, const Read& read, const Write& write) noexcept {
+    for (int64_t t = 0, count = 0; t < steps; t += count) {
+      count = std::min(window_, steps - t);
+      read(t, count);
+      advance(count);
+      write(t, count);
+    }
+  }
   int64_t window() const noexcept { return window_; }
   T* input() noexcept { return input_.template as<T>(); }  // [steps, N, padded(I)]
   void advance(int64_t steps = 1) noexcept;

@@ -24,6 +24,7 @@ class StreamingLayer {
   static constexpr int kOutputVectors = 4;  // of a block of the projection
   static constexpr int64_t kOutputs = kOutputVectors * kLanes;
   static constexpr ElementState kState = Cell::kState;
+  static constexpr int kTurns = kUnitVectors == 1 ? kCellsInTurn : 1;  // of cells: several vectors are turns themselves
 
   // A block of units: how wide it is, and where its parts lie and end, in bytes.
   struct Block {
@@ -227,27 +228,29 @@ class StreamingLayer {
   template <int kOfGate>
   static FASTRNN_INLINE void cells(const StreamingStep<T>& s, int64_t row, int64_t count, int64_t first, const T* input,
                                    const T* recurrent, int64_t stride, int64_t gate_units, const T* bias) {
-#pragma GCC unroll 1
-    for (int64_t r = 0; r < count; ++r, input += stride, recurrent += stride) {
+    for_row_tiles<kTurns>(count, [&]<int K>(RowTile tile) {
 #pragma GCC unroll 32
       for (int u = 0; u < kOfGate; ++u) {
-        V gate[kInputs];
+        Several<T, K> gate[kInputs];
 #pragma GCC unroll 32
-        for (int g = 0; g < kInputs; ++g) gate[g] = V::loadu(bias + g * kUnits + u * kLanes);
+        for (int i = 0; i < K; ++i) {
+          const int64_t at = (tile.first + i) * stride + u * kLanes;
 #pragma GCC unroll 32
-        for (int g = 0; g < kGates; ++g) {
-          const V x = V::loadu(input + g * gate_units + u * kLanes);
-          const V h = V::loadu(recurrent + g * gate_units + u * kLanes);
-          if (g < kGates - kSeparate) {
-            gate[g] = gate[g] + (x + h);
-          } else {
-            gate[g] = gate[g] + x;
-            gate[g + kSeparate] = gate[g + kSeparate] + h;
+          for (int g = 0; g < kInputs; ++g) gate[g].v[i] = V::loadu(bias + g * kUnits + u * kLanes);
+#pragma GCC unroll 32
+          for (int g = 0; g < kGates; ++g) {
+            const V x = V::loadu(input + at + g * gate_units), h = V::loadu(recurrent + at + g * gate_units);
+            if (g < kGates - kSeparate) {
+              gate[g].v[i] = gate[g].v[i] + (x + h);
+            } else {
+              gate[g].v[i] = gate[g].v[i] + x;
+              gate[g + kSeparate].v[i] = gate[g + kSeparate].v[i] + h;
+            }
           }
         }
-        cell(s, row + r, first + u * kLanes, gate);
+        cells_in_turn(s, row + tile.first, first + u * kLanes, gate);
       }
-    }
+    });
   }
 
   // Those of a last block. Behind its units lie lanes of other gates, and mean nothing.
@@ -259,15 +262,24 @@ class StreamingLayer {
     }
   }
 
-  static FASTRNN_INLINE void cell(const StreamingStep<T>& s, int64_t n, int64_t j, const V (&gate)[kInputs]) {
+  // Those of K rows from n on and of the units from j on.
+  template <int K>
+  static FASTRNN_INLINE void cells_in_turn(const StreamingStep<T>& s, int64_t n, int64_t j,
+                                           const Several<T, K> (&gate)[kInputs]) {
     const int64_t units = padded(s.shape.units), outputs = padded(s.shape.outputs);
-    T* c = kState == ElementState::kCell ? s.c + n * units + j : nullptr;
-    V state(0), saved[Cell::kSaved];
-    if constexpr (kState == ElementState::kCell) state = V::loadu(c);
-    if constexpr (kState == ElementState::kHidden) state = V::loadu(s.h + n * outputs + j);
-    const V h = Cell::forward(gate, state, saved);
-    if constexpr (kState == ElementState::kCell) store(c, state, s.shape.units - j);
-    leave(s.shape.projected ? s.activation + n * units : s.next_h + n * outputs, h, j, s.shape.units);
+    Several<T, K> state(0), saved[Cell::kSaved];
+#pragma GCC unroll 8
+    for (int i = 0; i < K; ++i) {
+      if constexpr (kState == ElementState::kCell) state.v[i] = V::loadu(s.c + (n + i) * units + j);
+      if constexpr (kState == ElementState::kHidden) state.v[i] = V::loadu(s.h + (n + i) * outputs + j);
+    }
+    const Several<T, K> h = Cell::forward(gate, state, saved);
+#pragma GCC unroll 8
+    for (int i = 0; i < K; ++i) {
+      if constexpr (kState == ElementState::kCell) store(s.c + (n + i) * units + j, state.v[i], s.shape.units - j);
+      leave(s.shape.projected ? s.activation + (n + i) * units : s.next_h + (n + i) * outputs, h.v[i], j,
+            s.shape.units);
+    }
   }
 };
 

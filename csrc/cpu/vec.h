@@ -144,6 +144,8 @@ struct Several {
   }
 };
 
+inline constexpr int kCellsInTurn = kVectorRegisters == 32 ? 3 : 1;  // as registers allow
+
 // f(x, more...) of a vector, or of each of several.
 template <class F, class T, class... More>
 FASTRNN_INLINE Vec<T> each(const F& f, Vec<T> x, const More&... more) {

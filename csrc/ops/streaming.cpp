@@ -296,16 +296,18 @@ class TypedSession : public PySession {
   void advance(const Storage* from, Strides a, Storage* to, Strides b, int64_t steps) {
     const int64_t batch = session_->batch(), inputs = session_->inputs(), outputs = session_->outputs();
     const int64_t of_input = batch * padded(inputs), of_output = batch * padded(outputs);  // a step
-    for (int64_t t = 0, some = 0; t < steps; t += some) {
-      some = std::min(session_->window(), steps - t);
-      for (int64_t i = 0; i < some; ++i, from += a.step) {
-        copy_rows(from, a, session_->input() + i * of_input, rows_of(padded(inputs)), batch, inputs);
+    const auto read = [&](int64_t t, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) {
+        copy_rows(from + (t + i) * a.step, a, session_->input() + i * of_input, rows_of(padded(inputs)), batch, inputs);
       }
-      session_->advance(some);
-      for (int64_t i = 0; i < some; ++i, to += b.step) {
-        copy_rows(session_->output() + i * of_output, rows_of(padded(outputs)), to, b, batch, outputs);
+    };
+    const auto write = [&](int64_t t, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) {
+        copy_rows(session_->output() + i * of_output, rows_of(padded(outputs)), to + (t + i) * b.step, b, batch,
+                  outputs);
       }
-    }
+    };
+    session_->chunk(steps, read, write);
   }
 
   static constexpr int64_t kBytesWorthTheLock = 1 << 20;  // to let other Python threads run costs some 100 ns
