@@ -326,7 +326,7 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
   FASTRNN_INLINE void prefetch_row(const Row& row, int64_t j) const {
     prefetch<Cell::kSaved, kVectors>(row.saved + j, shape_.units);
     const auto ahead = [&](const Stored<T>& of) {
-      with_stored(of, [&](const auto* p) { prefetch<1, kVectors>(p + j, 0); });
+      with_stored(of, [&](const auto* p) { prefetch<1, kVectors * sizeof(*p) / sizeof(T)>(p + j, 0); });
     };
     if (kState != ElementState::kNone) ahead(row.previous);
     ahead(row.grad_output);

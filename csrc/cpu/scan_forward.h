@@ -23,7 +23,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   static constexpr bool kInputApart = kSeparate > 0;
   static constexpr int64_t kPartial = (kInputApart ? 2 : 1) * kWidth;  // of a row
   static constexpr int kTileRows = max_rows(kVectors);
-  static constexpr int kFewRows = 2;  // fewer than fill the turns
+  static constexpr int kFewRows = 2;  // fewer than kCellsInTurn where that is more than one
   static constexpr int kOutputVectors = 4;  // of a tile of the projection
   static constexpr int64_t kOutputs = kOutputVectors * kLanes;
   static constexpr int kOutputRows = max_rows(kOutputVectors);
@@ -257,8 +257,10 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     const int64_t after = p_.reverse ? t - 1 : t + 1;
     const auto* input = static_cast<const T*>(scan_.plan.parts > 0 ? nullptr : p_.input.data);
     const bool follows = s + 1 < rows_.steps;
-    // Of less than a vector a row costs more to ask for than to wait for.
-    const bool ahead = follows && input != nullptr && scan_.plan.fused_input && shape_.inputs >= kLanes;
+    // Of less than a vector a row costs more to ask for than to wait for; more than this would push weights out of L2.
+    constexpr int64_t kMostBytes = 128 << 10;
+    const bool ahead = follows && input != nullptr && shape_.inputs >= kLanes &&
+                       (end - range.begin) * shape_.inputs * static_cast<int64_t>(sizeof(T)) <= kMostBytes;
     for (int64_t i = range.begin; i < end; ++i) {
       const int64_t n = rows_.order[i], row = rows_.row(t, n);
       const Sequence sequence = rows_.sequence(n);
@@ -267,9 +269,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       r.h = flows ? now + n * outputs : enters && p_.h0 != nullptr ? p_.h0 + n * outputs : s_.zeros;
       r.gates = p_.gates == nullptr ? nullptr : p_.gates + row * p_.gates_stride;
       r.input = input == nullptr ? nullptr : input + row * shape_.inputs;
-      if (ahead && i < rows_.active[after]) {
-        prefetch_row(input + rows_.row(after, n) * shape_.inputs);
-      }
+      if (ahead && i < rows_.active[after]) prefetch_input(input + rows_.row(after, n) * shape_.inputs);
       r.product = p_.product == nullptr || !enters ? nullptr : p_.product + n * kGates * units;
       r.activation = s_.activation + n * units;
       r.next = next + n * outputs;
@@ -293,7 +293,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   }
 
   // Asks for what the next step multiplies: a step is long enough for it to arrive.
-  FASTRNN_INLINE void prefetch_row(const T* x) const {
+  FASTRNN_INLINE void prefetch_input(const T* x) const {
     for (int64_t k = 0; k < shape_.inputs; k += kLanes) __builtin_prefetch(x + k, 0, 2);
   }
 
@@ -381,8 +381,10 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     T* const sums = sums_of_member();
     for_products(scan_.plan, count, [&](int64_t first, int64_t some, int64_t height) {
       const at::BFloat16* x = s_.operands.of_step(s, place_) + first * s_.operands.stride();
-      for (int64_t i = first; i < first + some && rows[i].gates != nullptr; ++i) {
-        prefetch<kGates, kUnitVectors>(rows[i].gates + block * kUnits, shape_.units);
+      if (p_.gates != nullptr) {
+        for (int64_t i = first; i < first + some; ++i) {
+          prefetch<kGates, kUnitVectors>(rows[i].gates + block * kUnits, shape_.units);
+        }
       }
       const auto multiply = [&](int64_t k, const at::BFloat16* a, const at::BFloat16* b, T* c) {
         multiply_rows(scan_, height, some, kWidth, k, s_.operands, a, b, c, kPartial);
@@ -415,16 +417,18 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   }
 
   // The sums of a block of units, a few rows at a time, and the cells on them. Tiles of many k are best followed by their
-  // cells each (1.02 times as fast), those of few k by the cells of all, in fewer and longer turns (1.05 to 1.1).
+  // cells each (1.02 times as fast), those of few k by the cells of all, in fewer and longer turns (1.05 to 1.1, and
+  // where L1 does not hold the sums of all rows as well).
   template <bool kFused>
   void block_of_units(const Row* rows, int64_t count, int64_t block, int64_t next) const {
     constexpr int64_t kManyK = 256;
     const Sums sums = sums_of(sums_of_member(), count, block);
-    const bool each = depth(scan_) > kManyK;  // never where the weights are read as they lie
+    const bool each = depth(scan_) > kManyK;
     if (scan_.plan.recurrent == Recurrent::kNatural) {
       for_row_tiles<kDotInputs>(count, [&]<int kRows>(RowTile tile) {
         natural_tile<kFused, kRows>(rows + tile.first, block, sums.from(tile.first));
       });
+      cells<kFused>(rows, count, sums, block * kUnits);
     } else {
       with_vectors<kVectors>(vectors_of(block), [&](auto vectors) {
         for_chunks<kWidth * sizeof(T)>(depth(scan_), [&](const Chunk& chunk) {
@@ -436,12 +440,11 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
           });
         });
       });
+      if (!each) cells<kFused>(rows, count, sums, block * kUnits);
     }
-    if (!each) cells<kFused>(rows, count, sums, block * kUnits);
   }
 
-  // What the tiles of a chunk have in common. What is the same for all of them is not found anew for each: after the
-  // loops of a tile a processor foresees no branch.
+  // What the tiles of a chunk have in common, found once: after the loops of a tile a processor foresees no branch.
   struct Part {
     PackedChunk<T> weights;
     Segment x, h;
@@ -459,6 +462,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
             chunk.last && p_.gates != nullptr ? block * kUnits : -1};
   }
 
+  // The sums of kRows rows.
   template <bool kFused, int kRows, class Vectors>
   [[gnu::noinline]] void tile(const Row* rows, const RowTile& tile, const Part& part, Vectors vectors,
                               const Sums& sums) const {
@@ -475,8 +479,8 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
                                 [&](int r) { return rows[r].h; });
   }
 
-  // The cell on the sums of a tile. A loop of its own: unrolled within each tile it would be more code than the processor
-  // keeps decoded.
+  // The cell on the sums of some rows. A loop of its own: unrolled within each tile it would be more code than the
+  // processor keeps decoded.
   template <bool kFused>
   [[gnu::noinline]] void cells(const Row* rows, int64_t row_count, Sums sums, int64_t begin) const {
     for_row_tiles<kCellsInTurn>(row_count, [&]<int K>(RowTile tile) {
@@ -596,7 +600,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
         for (int g = 0; g < kGates; ++g) {
           for (int64_t u = 0; u < units_of(block); u += kLanes) {
             const int64_t first = g * units + begin + u, count = std::min<int64_t>(kLanes, units_of(block) - u);
-            T part[kRows][kLanes];
+            T part[kRows][kLanes] = {};
             dots(part, w + first * depth, x, depth, count);
             for (int r = 0; r < kRows; ++r) {
               store_sums(to + r * sums.stride + g * sums.gate_stride + u, part[r], count, add);

@@ -48,8 +48,8 @@ class StreamingSession {
   void chunk(const T* input, T* output, int64_t steps) noexcept;  // [T, N, I] -> [T, N, P or H]
 
   // The same of a layout of the caller's own: read(t, count) fills input() with the steps from t on, write(t, count) takes
-  // them from output(). They are up to window() steps at once, of which the weights of the input are read once; no bit of
-  // the results depends on it.
+  // them from output(). Neither may throw. Of as many steps as go together the weights of the input are read once; no bit
+  // of the results depends on how many these are.
   template <class Read, class Write>
   void chunk(int64_t steps, const Read& read, const Write& write) noexcept {
     for (int64_t t = 0, count = 0; t < steps; t += count) {
@@ -59,9 +59,7 @@ class StreamingSession {
       write(t, count);
     }
   }
-  int64_t window() const noexcept { return window_; }
   T* input() noexcept { return input_.template as<T>(); }  // [steps, N, padded(I)]
-  void advance(int64_t steps = 1) noexcept;
   const T* output() const noexcept { return output_; }  // [steps, N, padded(P or H)], until the next call
 
   // The states of a layer, to read and to write: as far as its shape says; what is beyond must stay zero.
@@ -92,6 +90,7 @@ class StreamingSession {
   int64_t rows_ahead() const noexcept { return window_ > 1 ? window_ * batch_ : 0; }  // of steps that go together
   StreamingStep<T> first_layer() noexcept;
   static void enter(const Layer& layer, StreamingStep<T>& step) noexcept;
+  void advance(int64_t steps) noexcept;  // at most a window
   void advance_one() noexcept;
   void advance_several(int64_t steps) noexcept;
 

@@ -24,7 +24,7 @@ class StreamingLayer {
   static constexpr int kOutputVectors = 4;  // of a block of the projection
   static constexpr int64_t kOutputs = kOutputVectors * kLanes;
   static constexpr ElementState kState = Cell::kState;
-  static constexpr int kTurns = kUnitVectors == 1 ? kCellsInTurn : 1;  // of cells: several vectors are turns themselves
+  static constexpr int kTurns = kUnitVectors == 1 ? kCellsInTurn : 1;  // cells of one gate are short: 0.9 in turns
 
   // A block of units: how wide it is, and where its parts lie and end, in bytes.
   struct Block {

@@ -83,7 +83,7 @@ struct PackedChunk {
   const T* following;
   int64_t depth;
 
-  // What a tile reads of it. Blocks have kVectors a k, but this one may be the last, and narrow.
+  // Of a tile. This block may be the last, and narrow; those that follow have kVectors a k.
   template <int kVectors>
   FASTRNN_INLINE Packed<T> of(RowTile tile) const {
     return packed_for<kVectors>(begin, following, tile, depth);
@@ -101,7 +101,8 @@ FASTRNN_INLINE PackedChunk<T> packed_chunk(const T* packed, int64_t depth, int64
           chunk.depth()};
 }
 
-// The k of a chunk that rows have one behind the other: their elements from `from` on. Sums begin anew or are added to.
+// The k of a chunk that rows have one behind the other: their elements from `from` on. Sums begin anew or are added to;
+// of no k they are zeros or stay as they are.
 struct Segment {
   int64_t from, depth;
   bool add;

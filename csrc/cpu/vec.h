@@ -144,7 +144,7 @@ struct Several {
   }
 };
 
-inline constexpr int kCellsInTurn = kVectorRegisters == 32 ? 3 : 1;  // as registers allow
+inline constexpr int kCellsInTurn = kVectorRegisters == 32 ? 3 : 1;  // cells that take turns, as registers allow
 
 // f(x, more...) of a vector, or of each of several.
 template <class F, class T, class... More>

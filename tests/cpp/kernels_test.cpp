@@ -422,14 +422,14 @@ void test_scan(bool projected) {
   const CpuPlan one{Recurrent::kPacked, false, 1, false}, fused{Recurrent::kPacked, true, 1, false};
   const CpuPlan units{Recurrent::kPacked, false, 2, true}, rows{Recurrent::kPacked, true, 2, false};
   const CpuPlan natural{Recurrent::kNatural, false, 1, false}, natural_input{Recurrent::kNatural, true, 1, false};
-  const CpuPlan natural_units{Recurrent::kNatural, false, 2, true};
+  const CpuPlan natural_units{Recurrent::kNatural, false, 2, true}, natural_both{Recurrent::kNatural, true, 2, true};
   for (const bool reverse : {false, true}) {
     for (const bool ragged : {false, true}) {
       unsigned seed = 10;
       for (const int64_t h : {1, 3, 17, 129}) {
-        for (const int64_t n : {1, 3, 17}) {
+        for (const int64_t n : {1, 2, 3, 17}) {
           Problem<Cell> problem(++seed, 5, n, h, reverse, projected, ragged);
-          for (const CpuPlan& plan : {one, fused, units, rows, natural, natural_input, natural_units}) {
+          for (const CpuPlan& plan : {one, fused, units, rows, natural, natural_input, natural_units, natural_both}) {
             problem.forward(plan);
             problem.check_against_loop();
           }
