@@ -353,12 +353,10 @@ class BackwardScan : public ScanEntry<BackwardScan<Cell, T>, BackwardParams<T>> 
   void projection_tile(const Row* all_rows, RowTile tile, int64_t block, int64_t next) const {
     const Row* rows = all_rows + tile.first;
     T sums[kRows][kWidth];
-    const T* grad[kRows];
-#pragma GCC unroll 32
-    for (int r = 0; r < kRows; ++r) grad[r] = rows[r].grad_projected;
     const auto weights = packed_chunk<kVectors>(s_.projection, shape_.outputs, block, kVectors, next,
                                                 Chunk{0, shape_.outputs});
-    accumulate<kRows, kVectors>(sums[0], false, weights.template of<kVectors>(tile), grad, shape_.outputs);
+    accumulate<kRows, kVectors>(kVectors, sums[0], weights.template of<kVectors>(tile), {0, shape_.outputs, false},
+                                [&](int r) { return rows[r].grad_projected; });
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kVectors; ++v) {
         const int64_t j = block * kWidth + v * kLanes, count = shape_.units - j;

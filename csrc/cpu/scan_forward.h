@@ -423,12 +423,11 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   void block_of_units(const Row* rows, int64_t count, int64_t block, int64_t next) const {
     constexpr int64_t kManyK = 256;
     const Sums sums = sums_of(sums_of_member(), count, block);
-    const bool each = depth(scan_) > kManyK;
+    const bool each = depth(scan_) > kManyK;  // never where nothing is packed
     if (scan_.plan.recurrent == Recurrent::kNatural) {
       for_row_tiles<kDotInputs>(count, [&]<int kRows>(RowTile tile) {
         natural_tile<kFused, kRows>(rows + tile.first, block, sums.from(tile.first));
       });
-      cells<kFused>(rows, count, sums, block * kUnits);
     } else {
       with_vectors<kVectors>(vectors_of(block), [&](auto vectors) {
         for_chunks<kWidth * sizeof(T)>(depth(scan_), [&](const Chunk& chunk) {
@@ -440,8 +439,8 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
           });
         });
       });
-      if (!each) cells<kFused>(rows, count, sums, block * kUnits);
     }
+    if (!each) cells<kFused>(rows, count, sums, block * kUnits);
   }
 
   // What the tiles of a chunk have in common, found once: after the loops of a tile a processor foresees no branch.
@@ -632,13 +631,10 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   void project(const Row* all_rows, RowTile tile, int64_t block, int64_t next) const {
     const Row* rows = all_rows + tile.first;
     T sums[kRows][kOutputs];
-    const T* activation[kRows];
-#pragma GCC unroll 32
-    for (int r = 0; r < kRows; ++r) activation[r] = rows[r].activation;
     const auto weights = packed_chunk<kOutputVectors>(s_.projection, shape_.units, block, kOutputVectors, next,
                                                       Chunk{0, shape_.units});
-    accumulate<kRows, kOutputVectors>(sums[0], false, weights.template of<kOutputVectors>(tile), activation,
-                                      shape_.units);
+    accumulate<kRows, kOutputVectors>(kOutputVectors, sums[0], weights.template of<kOutputVectors>(tile),
+                                      {0, shape_.units, false}, [&](int r) { return rows[r].activation; });
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kOutputVectors; ++v) {
         const int64_t j = block * kOutputs + v * kLanes, count = shape_.outputs - j;
