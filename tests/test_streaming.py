@@ -296,18 +296,25 @@ def test_int8_says_where_the_machine_has_no_int8_dot(native):
 
 @pytest.mark.parametrize("batch, steps", [(1, 101), (2, 27), (3, 40), (5, 19), (17, 7), (65, 3)])
 @pytest.mark.parametrize("weight_dtype", [None, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("inputs, hidden", [(5, 33), (48, 48)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_chunk_is_the_steps(kind, weight_dtype, batch, steps, native):
-    """To the last bit, wherever it is cut: as many steps as are multiplied together, fewer, and one."""
-    net = build(kind, 5, 33, 2)
+def test_chunk_is_the_steps(kind, inputs, hidden, weight_dtype, batch, steps, native):
+    """To the last bit, wherever it is cut: as many steps as are multiplied together, fewer, and one. Of whole lines inputs
+    and outputs are used where they lie."""
+    net = build(kind, inputs, hidden, 2)
     one, other = (StreamingSession(net, batch, weight_dtype) for _ in range(2))
-    x = torch.randn(steps, batch, 5)
+    x = torch.randn(steps, batch, inputs)
     expected = torch.stack([one.step(row) for row in x])
     cuts = sorted({0, 1, 3, min(steps // 2 + 3, steps), steps})
     chunks = [other.chunk(x[a:b]) for a, b in itertools.pairwise(cuts)]
     assert torch.equal(torch.cat(chunks), expected)
     for a, b in zip(tensors(one.state), tensors(other.state), strict=True):
         assert torch.equal(a, b)
+    if inputs == hidden and expected.shape == x.shape:
+        other.reset()
+        other.chunk(x, out=x)
+        assert torch.equal(x, expected)
+        assert torch.equal(tensors(one.state)[0], tensors(other.state)[0])
 
 
 @pytest.mark.parametrize("weight_dtype", [None, torch.bfloat16, torch.int8])
@@ -334,6 +341,22 @@ def test_chunk_layouts(backend):
     found = StreamingSession(net).chunk(x[:1])
     assert found.shape == (1, 7, 17)
     assert torch.equal(StreamingSession(net).chunk(x[0]), found[0])
+
+
+@pytest.mark.parametrize("batch", [1, 3, 33])
+def test_outputs_of_a_chunk_are_the_callers(batch, native):
+    """They lie where the last state is read while the chunk runs, and are no part of the session afterwards."""
+    net = build("lstm", 16, 32)
+    session, other = StreamingSession(net, batch), StreamingSession(net, batch)
+    x = torch.randn(9, batch, 16)
+    first = session.chunk(x[:5])
+    expected = other.chunk(x)
+    assert torch.equal(first, expected[:5])
+    first.fill_(float("nan"))
+    assert torch.equal(session.chunk(x[5:]), expected[5:])
+    spaced = torch.randn(18, batch, 16)[::2].copy_(x)
+    other.reset()
+    assert torch.equal(other.chunk(spaced), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -162,12 +162,12 @@ void StreamingSession<T>::refresh(const std::vector<StreamingWeights<T>>& layers
 }
 
 template <class T>
-StreamingStep<T> StreamingSession<T>::first_layer() noexcept {
+StreamingStep<T> StreamingSession<T>::first_layer(const T* from) noexcept {
   StreamingStep<T> step;
   step.batch = batch_;
   step.int8_dot = int8_dot_;
   step.quantised = quantised_.bytes() > 0 ? quantised_.as<char>() : nullptr;
-  step.input = input();
+  step.input = from;
   return step;
 }
 
@@ -180,19 +180,20 @@ void StreamingSession<T>::enter(const Layer& layer, StreamingStep<T>& step) noex
 }
 
 template <class T>
-void StreamingSession<T>::advance(int64_t steps) noexcept {
+void StreamingSession<T>::advance(int64_t steps, const T* from, T* to) noexcept {
   const FlushDenormals guard;
   if (steps == 1) {
-    advance_one();
+    advance_one(from, to);
   } else {
-    advance_several(steps);
+    advance_several(steps, from, to);
   }
 }
 
 template <class T>
-void StreamingSession<T>::advance_one() noexcept {
-  StreamingStep<T> step = first_layer();
+void StreamingSession<T>::advance_one(const T* from, T* to) noexcept {
+  StreamingStep<T> step = first_layer(from);
   step.backwards = phase_ == 1;
+  if (to != nullptr) layers_.back().h[1 - phase_] = to;
   for (const Layer& layer : layers_) {
     enter(layer, step);
     step.h = layer.h[phase_];
@@ -206,24 +207,30 @@ void StreamingSession<T>::advance_one() noexcept {
 
 // Layer after layer.
 template <class T>
-void StreamingSession<T>::advance_several(int64_t steps) noexcept {
-  StreamingStep<T> step = first_layer();
+void StreamingSession<T>::advance_several(int64_t steps, const T* from, T* to) noexcept {
+  StreamingStep<T> step = first_layer(from);
   step.ahead = steps * batch_;
   step.products = products_.as<T>();
-  for (const Layer& layer : layers_) {
+  for (Layer& layer : layers_) {
     enter(layer, step);
     kernels_.multiply_inputs(step);
+    const bool placed = to != nullptr && &layer == &layers_.back();
+    T* const sequence = placed ? to : layer.sequence;
     const int64_t values = batch_ * padded(layer.shape.outputs);
     step.h = layer.h[phase_];
     for (int64_t t = 0; t < steps; ++t) {
       step.backwards = t % 2 == 1;
       step.first = t * batch_;
-      step.next_h = layer.sequence + t * values;
+      step.next_h = sequence + t * values;
       kernels_.step(step);
       step.h = step.next_h;
     }
-    std::copy_n(step.h, values, layer.h[phase_]);
-    step.input = output_ = layer.sequence;
+    if (placed) {
+      layer.h[phase_] = step.next_h;
+    } else {
+      std::copy_n(step.h, values, layer.h[phase_]);
+    }
+    step.input = output_ = sequence;
   }
 }
 
@@ -234,19 +241,19 @@ void StreamingSession<T>::step(const T* from, T* to) noexcept {
 
 template <class T>
 void StreamingSession<T>::chunk(const T* from, T* to, int64_t steps) noexcept {
+  const int64_t in = inputs(), out = outputs();
   const auto read = [&](int64_t t, int64_t count) {
-    const T* row = from + t * batch_ * inputs();
-    for (int64_t n = 0; n < count * batch_; ++n, row += inputs()) {
-      std::copy_n(row, inputs(), input() + n * padded(inputs()));
-    }
+    const T* row = from + t * batch_ * in;
+    if (in == padded(in)) return row;
+    for (int64_t n = 0; n < count * batch_; ++n, row += in) std::copy_n(row, in, input() + n * padded(in));
+    return static_cast<const T*>(input());
   };
   const auto write = [&](int64_t t, int64_t count) {
-    T* row = to + t * batch_ * outputs();
-    for (int64_t n = 0; n < count * batch_; ++n, row += outputs()) {
-      std::copy_n(output() + n * padded(outputs()), outputs(), row);
-    }
+    T* row = to + t * batch_ * out;
+    for (int64_t n = 0; n < count * batch_; ++n, row += out) std::copy_n(output() + n * padded(out), out, row);
   };
-  chunk(steps, read, write);
+  const bool in_place = out == padded(out) && from != to && steps > 1;
+  chunk(steps, read, write, in_place ? to : nullptr);
 }
 
 template <class T>

@@ -47,16 +47,24 @@ class StreamingSession {
   void step(const T* input, T* output) noexcept;  // [N, I] -> [N, P or H]
   void chunk(const T* input, T* output, int64_t steps) noexcept;  // [T, N, I] -> [T, N, P or H]
 
-  // The same of a layout of the caller's own: read(t, count) fills input() with the steps from t on, write(t, count) takes
-  // them from output(). Neither may throw. Of as many steps as go together the weights of the input are read once; no bit
-  // of the results depends on how many these are.
+  // The same of a layout of the caller's own: read(t, count) fills input() with the steps from t on and returns it, or
+  // another place where they lie alike; write(t, count) takes outputs from output(), and is not called if they are to go
+  // to `place`, laid out alike, which shares no memory with inputs. Neither may throw. Of as many steps as go together the
+  // weights of the input are read once; no bit of the results depends on how many these are.
   template <class Read, class Write>
-  void chunk(int64_t steps, const Read& read, const Write& write) noexcept {
+  void chunk(int64_t steps, const Read& read, const Write& write, T* place = nullptr) noexcept {
+    Layer& last = layers_.back();
+    T* const own[2] = {last.h[0], last.h[1]};
     for (int64_t t = 0, count = 0; t < steps; t += count) {
       count = std::min(window_, steps - t);
-      read(t, count);
-      advance(count);
-      write(t, count);
+      const T* const from = read(t, count);
+      advance(count, from, place == nullptr ? nullptr : place + t * batch_ * padded(outputs()));
+      if (place == nullptr) write(t, count);
+    }
+    if (place != nullptr) {  // the last state is the last output
+      output_ = std::copy_n(last.h[phase_], batch_ * padded(outputs()), own[phase_]) - batch_ * padded(outputs());
+      last.h[0] = own[0];
+      last.h[1] = own[1];
     }
   }
   T* input() noexcept { return input_.template as<T>(); }  // [steps, N, padded(I)]
@@ -79,7 +87,7 @@ class StreamingSession {
   struct Layer {
     LayerShape shape;
     void* packed;
-    T* h[2];  // [N, padded(P or H)] read one, write the other
+    T* h[2];  // [N, padded(P or H)] read one, write the other; for a while the last layer's are outputs in their place
     T* c;  // [N, padded(H)] or null
     T* activation;  // [N, padded(H)] or null
     T* sequence;  // [window, N, padded(P or H)] of several steps
@@ -88,11 +96,12 @@ class StreamingSession {
   static constexpr int64_t kSize = sizeof(T);
 
   int64_t rows_ahead() const noexcept { return window_ > 1 ? window_ * batch_ : 0; }  // of steps that go together
-  StreamingStep<T> first_layer() noexcept;
+  StreamingStep<T> first_layer(const T* from) noexcept;
   static void enter(const Layer& layer, StreamingStep<T>& step) noexcept;
-  void advance(int64_t steps) noexcept;  // at most a window
-  void advance_one() noexcept;
-  void advance_several(int64_t steps) noexcept;
+  // at most a window; from [steps, N, padded(I)], to [steps, N, padded(P or H)] or null, of the last layer
+  void advance(int64_t steps, const T* from, T* to) noexcept;
+  void advance_one(const T* from, T* to) noexcept;
+  void advance_several(int64_t steps, const T* from, T* to) noexcept;
 
   const StreamingKernels<T>& kernels_;
   int64_t batch_, window_;

@@ -25,54 +25,67 @@ class StreamingLayer {
   static constexpr int64_t kOutputs = kOutputVectors * kLanes;
   static constexpr ElementState kState = Cell::kState;
   static constexpr int kTurns = kUnitVectors == 1 ? kCellsInTurn : 1;  // cells of one gate are short: 0.9 in turns
+  static constexpr int kTileRows = std::min(Weights::kMostRows, max_rows(kVectors));  // at most
+  static constexpr int kWaiting = kTurns > 1 ? 16 : 1;  // rows whose cells follow together, or a few more
 
-  // A block of units: how wide it is, and where its parts lie and end, in bytes.
+  // A block of units, or the last one: as few vectors as hold its units, with the gates one behind the other.
   struct Block {
     int vectors;
     int64_t gate_units;  // from a gate to the next, in lanes
-    int64_t recurrent, bias, bytes;  // the input's are at 0
   };
 
-  // A packed layer: blocks of units, and behind them those of the projection. The last of each has as few vectors as hold
-  // its units, with the gates one behind the other.
+  // Blocks of a kind, one behind the other, in bytes.
+  struct Section {
+    int64_t begin, block;
+
+    int64_t at(int64_t b) const { return begin + b * block; }
+  };
+
+  // A packed layer, in bytes: what the input is multiplied by, what the state is, biases, and a projection. The state's
+  // lie together: with those of the input between them, steps whose inputs are multiplied ahead take 1.05 times as long.
   struct Layout {
-    LayerShape shape;
     int64_t blocks, output_blocks;
-    Block whole, last;
+    Block last;
+    Section input, recurrent, bias, output;
+    int64_t bytes;
 
-    explicit Layout(const LayerShape& of)
-        : shape(of),
-          blocks(fastrnn::blocks(shape.units, kUnits)),
+    explicit Layout(const LayerShape& shape)
+        : blocks(fastrnn::blocks(shape.units, kUnits)),
           output_blocks(shape.projected ? fastrnn::blocks(shape.outputs, kOutputs) : 0),
-          whole(block_of(kVectors, kUnits)),
-          last(whole) {
+          last{kVectors, kUnits} {
       const int64_t left = shape.units - (blocks - 1) * kUnits;
-      if (const int vectors = vectors_for<kVectors>(kGates * left); vectors < kVectors) last = block_of(vectors, left);
+      if (const int vectors = vectors_for<kVectors>(kGates * left); vectors < kVectors) last = {vectors, left};
+      int64_t begin = 0;
+      const auto section = [&](int64_t block, int64_t count, int64_t last_block) {
+        const Section result{begin, block};
+        begin += (count - 1) * block + last_block;
+        return result;
+      };
+      const auto weights = [&](int64_t depth) {
+        return section(Weights::block_bytes(depth, kVectors), blocks, Weights::block_bytes(depth, last.vectors));
+      };
+      input = weights(shape.inputs);
+      recurrent = weights(shape.outputs);
+      constexpr int64_t kBiases = whole_lines(kInputs * kUnits * sizeof(T));
+      bias = section(kBiases, blocks, kBiases);
+      output = {begin, Weights::block_bytes(shape.units, kOutputVectors)};
+      bytes = output.at(output_blocks);
     }
 
-    const Block& block(int64_t b) const { return b + 1 < blocks ? whole : last; }
-    int64_t begin(int64_t b) const { return b * whole.bytes; }
-
-    int output_vectors(int64_t b) const { return vectors_for<kOutputVectors>(shape.outputs - b * kOutputs); }
-    int64_t output_begin(int64_t b) const {
-      return begin(blocks) + b * Weights::block_bytes(shape.units, kOutputVectors);
-    }
-    int64_t bytes() const { return output_begin(output_blocks); }
-
-   private:
-    template <int kMost>
-    static int vectors_for(int64_t lanes) {
-      return static_cast<int>(std::min<int64_t>(kMost, fastrnn::blocks(lanes, kLanes)));
-    }
-    Block block_of(int vectors, int64_t gate_units) const {
-      const int64_t recurrent = Weights::block_bytes(shape.inputs, vectors);
-      const int64_t bias = recurrent + Weights::block_bytes(shape.outputs, vectors);
-      return {vectors, gate_units, recurrent, bias, bias + whole_lines(kInputs * kUnits * sizeof(T))};
-    }
+    Block block(int64_t b) const { return b + 1 < blocks ? Block{kVectors, kUnits} : last; }
   };
+
+  // Of blocks of at most kMost.
+  template <int kMost>
+  static int vectors_for(int64_t lanes) {
+    return static_cast<int>(std::min<int64_t>(kMost, fastrnn::blocks(lanes, kLanes)));
+  }
+  static int output_vectors(const LayerShape& shape, int64_t b) {
+    return vectors_for<kOutputVectors>(shape.outputs - b * kOutputs);
+  }
 
  public:
-  static int64_t packed_bytes(const LayerShape& shape) { return Layout(shape).bytes(); }
+  static int64_t packed_bytes(const LayerShape& shape) { return Layout(shape).bytes; }
 
   static void pack(const StreamingWeights<T>& weights, void* packed) {
     const LayerShape& shape = weights.shape;
@@ -82,21 +95,20 @@ class StreamingLayer {
     sum_biases(kGates, kSeparate, shape.units, weights.b_ih, weights.b_hh, biases.data());
     for (int64_t b = 0; b < layout.blocks; ++b) {
       const int64_t first = b * kUnits;
-      const Block& block = layout.block(b);
-      char* const to = out + layout.begin(b);
+      const Block block = layout.block(b);
       const auto pack_part = [&](const T* w, int64_t depth, char* part) {
         Weights::pack({w, kGates, shape.units, depth, first, block.vectors, block.gate_units}, part);
       };
-      pack_part(weights.w_ih, shape.inputs, to);
-      pack_part(weights.w_hh, shape.outputs, to + block.recurrent);
-      T* bias = reinterpret_cast<T*>(to + block.bias);
+      pack_part(weights.w_ih, shape.inputs, out + layout.input.at(b));
+      pack_part(weights.w_hh, shape.outputs, out + layout.recurrent.at(b));
+      T* bias = reinterpret_cast<T*>(out + layout.bias.at(b));
       for (int g = 0; g < kInputs; ++g) {
         for (int64_t j = first; j < first + kUnits; ++j) *bias++ = j < shape.units ? biases[g * shape.units + j] : T(0);
       }
     }
     for (int64_t b = 0; b < layout.output_blocks; ++b) {
-      Weights::pack({weights.w_hr, 1, shape.outputs, shape.units, b * kOutputs, layout.output_vectors(b), kOutputs},
-                    out + layout.output_begin(b));
+      Weights::pack({weights.w_hr, 1, shape.outputs, shape.units, b * kOutputs, output_vectors(shape, b), kOutputs},
+                    out + layout.output.at(b));
     }
   }
 
@@ -111,8 +123,8 @@ class StreamingLayer {
     Weights::prepare(s.input, s.ahead, s.shape.inputs, s.quantised);
     for (int64_t b = 0; b < layout.blocks; ++b) {
       T* const products = s.products + b * s.ahead * kWidth;
-      const char* const weights = packed + layout.begin(b);
-      const char* const next = packed + layout.begin(std::min(b + 1, layout.blocks - 1));
+      const char* const weights = packed + layout.input.at(b);
+      const char* const next = packed + layout.input.at(std::min(b + 1, layout.blocks - 1));
       for_tiles<kVectors>(s.batch, s.ahead, layout.block(b).vectors,
                           [&]<int kPartials, int kRows, int kOf>(RowTile tile) {
                             multiply<kPartials, kRows, kOf>(products + tile.first * kOf * kLanes, weights, next,
@@ -123,38 +135,16 @@ class StreamingLayer {
 
   static void step(const StreamingStep<T>& s) {
     const Layout layout(s.shape);
-    const char* packed = static_cast<const char*>(s.packed);
     char* const of_h = s.quantised;
     char* const of_x = of_h == nullptr ? nullptr : of_h + s.batch * quantised_row(s.shape.outputs);
     Weights::prepare(s.h, s.batch, s.shape.outputs, of_h);
     if (s.ahead == 0) Weights::prepare(s.input, s.batch, s.shape.inputs, of_x);
-    for (int64_t i = 0; i < layout.blocks; ++i) {
-      const auto visited = [&](int64_t at) { return s.backwards ? layout.blocks - 1 - at : at; };
-      const int64_t b = visited(i), after = visited(std::min(i + 1, layout.blocks - 1));
-      const Block& block = layout.block(b);
-      const char* const weights = packed + layout.begin(b);
-      const char* const next = packed + layout.begin(after);
-      const int64_t next_recurrent = layout.block(after).recurrent;
-      const T* const products = s.products + b * s.ahead * kWidth;
-      for_tiles<kVectors>(s.batch, s.batch, block.vectors, [&]<int kPartials, int kRows, int kOf>(RowTile tile) {
-        constexpr int64_t kStride = kOf * kLanes;
-        // a vector more: a narrow block's last gate is read whole
-        alignas(64) T recurrent[kRows * kStride + kLanes], of_input[kRows * kStride + kLanes];
-        const T* input = of_input;
-        if (s.ahead > 0) {
-          input = products + (s.first + tile.first) * kStride;
-        } else {
-          multiply<kPartials, kRows, kOf>(of_input, weights, next, s.input, tile, s.shape.inputs, of_x, s.int8_dot);
-        }
-        multiply<kPartials, kRows, kOf>(recurrent, weights + block.recurrent, next + next_recurrent, s.h, tile,
-                                        s.shape.outputs, of_h, s.int8_dot);
-        const T* const bias = reinterpret_cast<const T*>(weights + block.bias);
-        if constexpr (kOf == kVectors) {
-          cells<kUnitVectors>(s, tile.first, kRows, b * kUnits, input, recurrent, kStride, kUnits, bias);
-        } else {
-          narrow_cells(s, tile.first, kRows, b * kUnits, input, recurrent, kStride, block.gate_units, bias);
-        }
-      });
+    // Tiles of many k are best followed by their cells each, those of few by the cells of several, in longer turns.
+    constexpr int64_t kManyK = 256;
+    if (kWaiting == 1 || s.batch <= kTileRows || s.shape.inputs + s.shape.outputs > kManyK) {
+      units<true>(s, layout, of_h, of_x);
+    } else {
+      units<false>(s, layout, of_h, of_x);
     }
     if constexpr (Cell::kProjects) {
       if (s.shape.projected) project(s, layout);
@@ -162,13 +152,73 @@ class StreamingLayer {
   }
 
  private:
+  // The weights of a block, and those that follow.
+  struct Operands {
+    const char *input, *next_input, *recurrent, *next_recurrent;
+  };
+
+  template <int kPartials, int kRows, int kOf>
+  static FASTRNN_INLINE void multiply_both(const StreamingStep<T>& s, const Operands& w, RowTile tile, T* of_input,
+                                           T* recurrent, const char* of_x, const char* of_h) {
+    if (s.ahead == 0) {
+      multiply<kPartials, kRows, kOf>(of_input, w.input, w.next_input, s.input, tile, s.shape.inputs, of_x, s.int8_dot);
+    }
+    multiply<kPartials, kRows, kOf>(recurrent, w.recurrent, w.next_recurrent, s.h, tile, s.shape.outputs, of_h,
+                                    s.int8_dot);
+  }
+
+  // All blocks of units. kEach: cells follow each tile.
+  template <bool kEach>
+  static FASTRNN_INLINE void units(const StreamingStep<T>& s, const Layout& layout, char* of_h, char* of_x) {
+    const char* packed = static_cast<const char*>(s.packed);
+    for (int64_t i = 0; i < layout.blocks; ++i) {
+      const auto visited = [&](int64_t at) { return s.backwards ? layout.blocks - 1 - at : at; };
+      const int64_t b = visited(i), after = visited(std::min(i + 1, layout.blocks - 1));
+      const Block block = layout.block(b);
+      const T* const bias = reinterpret_cast<const T*>(packed + layout.bias.at(b));
+      const T* const products = s.products + b * s.ahead * kWidth;
+      const Operands w{packed + layout.input.at(b), packed + layout.input.at(after), packed + layout.recurrent.at(b),
+                       packed + layout.recurrent.at(after)};
+      if constexpr (kEach) {
+        for_tiles<kVectors>(s.batch, s.batch, block.vectors, [&]<int kPartials, int kRows, int kOf>(RowTile tile) {
+          constexpr int64_t kStride = kOf * kLanes;
+          alignas(64) T recurrent[kRows * kStride + kLanes], of_input[kRows * kStride + kLanes];
+          multiply_both<kPartials, kRows, kOf>(s, w, tile, of_input, recurrent, of_x, of_h);
+          const T* const input = s.ahead > 0 ? products + (s.first + tile.first) * kStride : of_input;
+          if constexpr (kOf == kVectors) {
+            cells<kUnitVectors>(s, tile.first, kRows, b * kUnits, input, recurrent, kStride, kUnits, bias);
+          } else {
+            shared_cells(s, tile.first, kRows, b * kUnits, input, recurrent, kStride, block.gate_units, bias);
+          }
+        });
+      } else {
+        // a vector more: a narrow block's last gate is read whole
+        constexpr int64_t kSums = (kWaiting - 1 + kTileRows) * kWidth + kLanes;
+        alignas(64) T recurrent[kSums], of_input[kSums];
+        int64_t waiting = 0;  // rows
+        for_tiles<kVectors>(s.batch, s.batch, block.vectors, [&]<int kPartials, int kRows, int kOf>(RowTile tile) {
+          constexpr int64_t kStride = kOf * kLanes;
+          multiply_both<kPartials, kRows, kOf>(s, w, tile, of_input + waiting * kStride, recurrent + waiting * kStride,
+                                               of_x, of_h);
+          waiting += kRows;
+          if (waiting >= kWaiting || tile.index + 1 == tile.count) {
+            const int64_t first = tile.first + kRows - waiting;
+            shared_cells(s, first, waiting, b * kUnits, s.ahead > 0 ? products + (s.first + first) * kStride : of_input,
+                         recurrent, kStride, block.gate_units, bias);
+            waiting = 0;
+          }
+        });
+      }
+    }
+  }
+
   // Calls f.template operator()<kPartials, kRows, kOf>(tile) for tiles of `rows` rows and a block of kOf = `vectors`
   // vectors, kMost in a whole one. A sum has its parts by the session's batch, not by the rows of a tile: several steps
   // together give what they give one by one.
   template <int kMost, class F>
   static FASTRNN_INLINE void for_tiles(int64_t batch, int64_t rows, int vectors, const F& f) {
     constexpr int kFew = kAccumulators / (2 * kMost);  // whose sums have room for two parts
-    constexpr int kMostRows = std::min(Weights::kMostRows, max_rows(kMost));
+    constexpr int kMostRows = kMost == kVectors ? kTileRows : std::min(Weights::kMostRows, max_rows(kMost));
     const auto tiles = [&]<int kOf>() __attribute__((always_inline)) {
       if constexpr (kFew > 0) {
         if (batch <= kFew) {
@@ -201,8 +251,8 @@ class StreamingLayer {
     const int64_t outputs = padded(s.shape.outputs);
     Weights::prepare(s.activation, s.batch, s.shape.units, s.quantised);
     for (int64_t b = 0; b < layout.output_blocks; ++b) {
-      const char* const weights = packed + layout.output_begin(b);
-      const char* const next = packed + layout.output_begin(std::min(b + 1, layout.output_blocks - 1));
+      const char* const weights = packed + layout.output.at(b);
+      const char* const next = packed + layout.output.at(std::min(b + 1, layout.output_blocks - 1));
       const auto multiplied = [&]<int kPartials, int kRows, int kOf>(RowTile tile) {
         alignas(64) T sums[kRows * kOf * kLanes];
         multiply<kPartials, kRows, kOf>(sums, weights, next, s.activation, tile, s.shape.units, s.quantised,
@@ -214,7 +264,7 @@ class StreamingLayer {
           }
         }
       };
-      for_tiles<kOutputVectors>(s.batch, s.batch, layout.output_vectors(b), multiplied);
+      for_tiles<kOutputVectors>(s.batch, s.batch, output_vectors(s.shape, b), multiplied);
     }
   }
 
@@ -253,11 +303,11 @@ class StreamingLayer {
     });
   }
 
-  // Those of a last block. Behind its units lie lanes of other gates, and mean nothing.
-  [[gnu::noinline]] static void narrow_cells(const StreamingStep<T>& s, int64_t row, int64_t count, int64_t first,
+  // The same of a whole block or a last one. Behind the units of that lie lanes of other gates, and mean nothing.
+  [[gnu::noinline]] static void shared_cells(const StreamingStep<T>& s, int64_t row, int64_t count, int64_t first,
                                              const T* input, const T* recurrent, int64_t stride, int64_t gate_units,
                                              const T* bias) {
-    for (int64_t j = 0; first + j < s.shape.units; j += kLanes) {
+    for (int64_t j = 0; j < kUnits && first + j < s.shape.units; j += kLanes) {
       cells<1>(s, row, count, first + j, input + j, recurrent + j, stride, gate_units, bias + j);
     }
   }

@@ -296,10 +296,17 @@ class TypedSession : public PySession {
   void advance(const Storage* from, Strides a, Storage* to, Strides b, int64_t steps) {
     const int64_t batch = session_->batch(), inputs = session_->inputs(), outputs = session_->outputs();
     const int64_t of_input = batch * padded(inputs), of_output = batch * padded(outputs);  // a step
+    if constexpr (std::is_same_v<Storage, T>) {
+      const auto plain = [&](Strides of, int64_t width) {
+        return of.feature == 1 && (batch == 1 || of.row == width) && (steps == 1 || of.step == batch * width);
+      };
+      if (plain(a, inputs) && plain(b, outputs)) return session_->chunk(from, to, steps);
+    }
     const auto read = [&](int64_t t, int64_t count) {
       for (int64_t i = 0; i < count; ++i) {
         copy_rows(from + (t + i) * a.step, a, session_->input() + i * of_input, rows_of(padded(inputs)), batch, inputs);
       }
+      return session_->input();
     };
     const auto write = [&](int64_t t, int64_t count) {
       for (int64_t i = 0; i < count; ++i) {

@@ -88,9 +88,10 @@ struct LoopLayer {
 };
 
 template <class Cell, class T>
-void test_session(CellKind kind, int64_t batch, int64_t units, bool projected, WeightType type, double tolerance) {
+void test_session(CellKind kind, int64_t batch, int64_t inputs, int64_t units, bool projected, WeightType type,
+                  double tolerance) {
   Random random(static_cast<unsigned>(units + batch));
-  const int64_t inputs = 5, steps = 4;
+  const int64_t steps = 4;
   std::vector<LoopLayer<T>> layers;
   layers.push_back(LoopLayer<T>::template make<Cell>(random, inputs, units, projected, batch));
   layers.push_back(LoopLayer<T>::template make<Cell>(random, layers[0].shape.outputs, units, projected, batch));
@@ -117,6 +118,11 @@ void test_session(CellKind kind, int64_t batch, int64_t units, bool projected, W
   std::vector<T> again(y.size());
   session.chunk(x.data(), again.data(), steps);
   CHECK(again == y);
+  if (inputs == outputs) {
+    session.reset();
+    session.chunk(x.data(), x.data(), steps);
+    CHECK(x == y);
+  }
 }
 
 // Layers of other widths one upon the other, by chunks: what one has left in memory must be none of the next one's.
@@ -199,14 +205,16 @@ void test_floating_point_mode() {
 }  // namespace
 
 void test_streaming() {
-  for (const int64_t batch : {1, 2, 3, 17}) {
-    for (const int64_t units : {1, 3, 17, 65}) {
-      test_session<RnnCell<Tanh>, float>(CellKind::kRnnTanh, batch, units, false, WeightType::kFull, 2e-6);
-      test_session<RnnCell<Relu>, double>(CellKind::kRnnRelu, batch, units, false, WeightType::kFull, 1e-13);
-      test_session<GruCell<>, float>(CellKind::kGru, batch, units, false, WeightType::kFull, 2e-6);
-      test_session<LstmCell<>, double>(CellKind::kLstm, batch, units, true, WeightType::kFull, 1e-13);
-      test_session<LstmCell<>, float>(CellKind::kLstm, batch, units, true, WeightType::kBfloat16, 0.02);
-      test_session<LstmCell<>, float>(CellKind::kLstm, batch, units, false, WeightType::kInt8, 0.05);
+  // of 32 inputs and units a chunk reads and writes the caller's memory, of 33 rows a step at a time
+  using Sizes = std::pair<int64_t, int64_t>;
+  for (const int64_t batch : {1, 2, 3, 17, 33}) {
+    for (const auto& [inputs, units] : {Sizes{5, 1}, Sizes{5, 3}, Sizes{5, 17}, Sizes{5, 65}, Sizes{32, 32}}) {
+      test_session<RnnCell<Tanh>, float>(CellKind::kRnnTanh, batch, inputs, units, false, WeightType::kFull, 2e-6);
+      test_session<RnnCell<Relu>, double>(CellKind::kRnnRelu, batch, inputs, units, false, WeightType::kFull, 1e-13);
+      test_session<GruCell<>, float>(CellKind::kGru, batch, inputs, units, false, WeightType::kFull, 2e-6);
+      test_session<LstmCell<>, double>(CellKind::kLstm, batch, inputs, units, true, WeightType::kFull, 1e-13);
+      test_session<LstmCell<>, float>(CellKind::kLstm, batch, inputs, units, true, WeightType::kBfloat16, 0.02);
+      test_session<LstmCell<>, float>(CellKind::kLstm, batch, inputs, units, false, WeightType::kInt8, 0.05);
     }
   }
   test_layers_of_other_widths();
