@@ -5,6 +5,7 @@
 #include <c10/core/CPUAllocator.h>
 
 #include <cstdint>
+#include <utility>
 
 #include "cpu/huge_pages.h"
 
@@ -23,25 +24,48 @@ inline at::Tensor with_huge_pages(at::Tensor buffer) {
 inline at::DataPtr temporary(int64_t bytes) { return c10::GetCPUAllocator()->allocate(bytes); }
 
 // The same for a scan. Weights that fill L2 find less room in it where their pages happen to share its sets, and in some
-// processes all calls take a fifth longer; the lines of a huge page lie in all sets alike.
+// processes all calls take a fifth longer; the lines of a huge page lie in all sets alike. And where it lies last in its
+// heap, malloc gives it back to the system after every call, to be touched anew in the next: each thread keeps one piece,
+// of a few pages at most.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) {
     constexpr int64_t kWorthIt = 1 << 20;
     if (bytes < kWorthIt) {
-      memory_ = temporary(bytes);
-      begin_ = memory_.get();
+      piece_ = {temporary(bytes)};
+      piece_.begin = piece_.memory.get();
       return;
     }
-    memory_ = temporary(whole_huge_pages(bytes) + kHugePage);  // whose remainders are never touched
-    begin_ = reinterpret_cast<void*>(whole_huge_pages(reinterpret_cast<intptr_t>(memory_.get())));
-    advise_huge_pages(begin_, whole_huge_pages(bytes));
+    if (bytes <= kept().bytes) {
+      piece_ = std::exchange(kept(), {});
+      return;
+    }
+    const int64_t whole = whole_huge_pages(bytes);
+    piece_ = {temporary(whole + kHugePage), nullptr, whole};  // whose remainders are never touched
+    piece_.begin = reinterpret_cast<void*>(whole_huge_pages(reinterpret_cast<intptr_t>(piece_.memory.get())));
+    advise_huge_pages(piece_.begin, whole);
   }
-  void* get() const { return begin_; }
+  ~Scratch() {
+    constexpr int64_t kMost = 2 * kHugePage;
+    if (piece_.bytes > kept().bytes && piece_.bytes <= kMost) kept() = std::move(piece_);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  void* get() const { return piece_.begin; }
 
  private:
-  at::DataPtr memory_;
-  void* begin_;
+  struct Piece {
+    at::DataPtr memory;
+    void* begin = nullptr;
+    int64_t bytes = 0;  // in huge pages
+  };
+  static Piece& kept() {
+    static thread_local Piece piece;
+    return piece;
+  }
+
+  Piece piece_;
 };
 
 }  // namespace fastrnn
