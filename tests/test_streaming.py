@@ -63,6 +63,16 @@ def test_numbers(kind, batch, backend):
             check(f"{kind} {inputs} {hidden} {layers}", found, theirs, exact)
 
 
+@pytest.mark.parametrize("kind", ["rnn_tanh", "lstm", "gru"])
+def test_numbers_of_large_weights(kind, native):
+    """Of more than L2 holds, which lie in another order."""
+    net = build(kind, 33, 529)
+    found, exact, theirs = run_both(net, StreamingSession(net, 2), torch.randn(STEPS, 2, 33), None)
+    check(kind, found, theirs, exact)
+    chunk = StreamingSession(net, 2).chunk(torch.zeros(3, 2, 33))
+    assert torch.equal(chunk[0], StreamingSession(net, 2).step(torch.zeros(2, 33)))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_biases_and_with_weights_of_another_seed(kind, backend):
     net = build(kind, 9, 33, 2, bias=False)

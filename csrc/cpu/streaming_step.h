@@ -4,6 +4,7 @@
 // weights are read once.
 #pragma once
 
+#include <new>
 #include <vector>
 
 #include "cpu/streaming_weights.h"
@@ -41,8 +42,9 @@ class StreamingLayer {
     int64_t at(int64_t b) const { return begin + b * block; }
   };
 
-  // A packed layer, in bytes: what the input is multiplied by, what the state is, biases, and a projection. The state's
-  // lie together: with those of the input between them, steps whose inputs are multiplied ahead take 1.05 times as long.
+  // A packed layer, in bytes: this, what the input is multiplied by, what the state is, biases, and a projection. Weights
+  // that fit into L2 lie section after section: steps whose inputs are multiplied ahead read one stream, up to 1.1 times as
+  // fast. Others lie block after block: a single step reads one stream, from memory 1.05 times as fast.
   struct Layout {
     int64_t blocks, output_blocks;
     Block last;
@@ -53,22 +55,18 @@ class StreamingLayer {
         : blocks(fastrnn::blocks(shape.units, kUnits)),
           output_blocks(shape.projected ? fastrnn::blocks(shape.outputs, kOutputs) : 0),
           last{kVectors, kUnits} {
+      constexpr int64_t kSmall = 1 << 20, kBiases = whole_lines(kInputs * kUnits * sizeof(T));
       const int64_t left = shape.units - (blocks - 1) * kUnits;
       if (const int vectors = vectors_for<kVectors>(kGates * left); vectors < kVectors) last = {vectors, left};
-      int64_t begin = 0;
-      const auto section = [&](int64_t block, int64_t count, int64_t last_block) {
-        const Section result{begin, block};
-        begin += (count - 1) * block + last_block;
-        return result;
-      };
-      const auto weights = [&](int64_t depth) {
-        return section(Weights::block_bytes(depth, kVectors), blocks, Weights::block_bytes(depth, last.vectors));
-      };
-      input = weights(shape.inputs);
-      recurrent = weights(shape.outputs);
-      constexpr int64_t kBiases = whole_lines(kInputs * kUnits * sizeof(T));
-      bias = section(kBiases, blocks, kBiases);
-      output = {begin, Weights::block_bytes(shape.units, kOutputVectors)};
+      const int64_t x = Weights::block_bytes(shape.inputs, kVectors), h = Weights::block_bytes(shape.outputs, kVectors);
+      const int64_t block = x + h + kBiases, all = blocks * block;
+      const int64_t begin = whole_lines(sizeof(Layout));
+      if (all <= kSmall) {
+        input = {begin, x}, recurrent = {begin + blocks * x, h}, bias = {begin + blocks * (x + h), kBiases};
+      } else {
+        input = {begin, block}, recurrent = {begin + x, block}, bias = {begin + x + h, block};
+      }
+      output = {begin + all, Weights::block_bytes(shape.units, kOutputVectors)};
       bytes = output.at(output_blocks);
     }
 
@@ -89,7 +87,7 @@ class StreamingLayer {
 
   static void pack(const StreamingWeights<T>& weights, void* packed) {
     const LayerShape& shape = weights.shape;
-    const Layout layout(shape);
+    const Layout& layout = *new (packed) Layout(shape);
     char* const out = static_cast<char*>(packed);
     std::vector<T> biases(kInputs * shape.units);
     sum_biases(kGates, kSeparate, shape.units, weights.b_ih, weights.b_hh, biases.data());
@@ -118,7 +116,7 @@ class StreamingLayer {
   }
 
   static void multiply_inputs(const StreamingStep<T>& s) {
-    const Layout layout(s.shape);
+    const Layout& layout = *static_cast<const Layout*>(s.packed);
     const char* packed = static_cast<const char*>(s.packed);
     Weights::prepare(s.input, s.ahead, s.shape.inputs, s.quantised);
     for (int64_t b = 0; b < layout.blocks; ++b) {
@@ -134,7 +132,7 @@ class StreamingLayer {
   }
 
   static void step(const StreamingStep<T>& s) {
-    const Layout layout(s.shape);
+    const Layout& layout = *static_cast<const Layout*>(s.packed);
     char* const of_h = s.quantised;
     char* const of_x = of_h == nullptr ? nullptr : of_h + s.batch * quantised_row(s.shape.outputs);
     Weights::prepare(s.h, s.batch, s.shape.outputs, of_h);

@@ -217,6 +217,9 @@ void test_streaming() {
       test_session<LstmCell<>, float>(CellKind::kLstm, batch, inputs, units, false, WeightType::kInt8, 0.05);
     }
   }
+  // more than what lies section after section
+  test_session<LstmCell<>, float>(CellKind::kLstm, 2, 5, 301, true, WeightType::kFull, 2e-6);
+  test_session<GruCell<>, float>(CellKind::kGru, 3, 40, 350, false, WeightType::kBfloat16, 0.02);
   test_layers_of_other_widths();
   test_refusals();
   test_floating_point_mode();
