@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -36,7 +37,8 @@ class StreamingRow:
 def measure(case: Case, cell: str, *, onnxruntime: bool, budget: float) -> StreamingRow:
     """Time one step of every implementation in turn, on one thread; each carries its own state on."""
     problem = layers.make_problem(case, cell)
-    module = layers.load_fastrnn().convert(problem.reference)
+    # weights of its own: those of torch.nn's module would still lie in a cache, as nobody else's do
+    module = layers.load_fastrnn().convert(copy.deepcopy(problem.reference))
     x = problem.input[0]
     with timing.threads(1), torch.inference_mode():
         functions = {"torch": _module_step(problem.reference, problem), "module": _module_step(module, problem)}
