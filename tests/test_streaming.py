@@ -309,8 +309,9 @@ def test_int8_says_where_the_machine_has_no_int8_dot(native):
 @pytest.mark.parametrize("inputs, hidden", [(5, 33), (48, 48)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_chunk_is_the_steps(kind, inputs, hidden, weight_dtype, batch, steps, native):
-    """To the last bit, wherever it is cut: as many steps as are multiplied together, fewer, and one. Inputs and outputs of
-    whole lines are used where they lie."""
+    """To the last bit, wherever it is cut: as many steps as are multiplied together, fewer, and one.
+
+    Inputs and outputs of whole lines are used where they lie."""
     net = build(kind, inputs, hidden, 2)
     one, other = (StreamingSession(net, batch, weight_dtype) for _ in range(2))
     x = torch.randn(steps, batch, inputs)
