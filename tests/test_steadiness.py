@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -49,6 +50,25 @@ def test_memory_stays_flat_over_ten_thousand_calls(native):
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 1 << 20
+
+
+def test_calls_of_all_sizes_leave_nothing_to_each_other(native):
+    """A thread keeps its scratch memory up to some size: the numbers are those of a thread that has none yet."""
+    nets = [fastrnn.LSTM(5, hidden) for hidden in (300, 3, 600, 310, 300)]
+    data = torch.randn(7, 17, 5)
+
+    def train(net):
+        torch.set_num_threads(1)
+        output = net(data)[0]
+        return [output.detach(), *torch.autograd.grad(output.square().sum(), list(net.parameters()))]
+
+    with threads(1), ThreadPoolExecutor(1) as one:
+        for _ in range(2):
+            for net in nets:
+                with ThreadPoolExecutor(1) as fresh:
+                    expected = fresh.submit(train, net).result()
+                for a, b in zip(one.submit(train, net).result(), expected, strict=True):
+                    assert torch.equal(a, b)
 
 
 def decaying(hidden=256):

@@ -45,7 +45,8 @@ class StreamingSession {
   void refresh(const std::vector<StreamingWeights<T>>& layers);
 
   void step(const T* input, T* output) noexcept;  // [N, I] -> [N, P or H]
-  void chunk(const T* input, T* output, int64_t steps) noexcept;  // [T, N, I] -> [T, N, P or H]
+  // [T, N, I] -> [T, N, P or H], which may be the input itself, or else share no memory with it
+  void chunk(const T* input, T* output, int64_t steps) noexcept;
 
   // The same of a layout of the caller's own: read(t, count) fills input() with the steps from t on and returns it, or
   // another place where they lie alike; write(t, count) takes outputs from output(), and is not called if they are to go
@@ -68,7 +69,8 @@ class StreamingSession {
     }
   }
   T* input() noexcept { return input_.template as<T>(); }  // [steps, N, padded(I)]
-  const T* output() const noexcept { return output_; }  // [steps, N, padded(P or H)], until the next call
+  // [steps, N, padded(P or H)], until the next call; where they went to the caller's memory, the last step's alone
+  const T* output() const noexcept { return output_; }
 
   // The states of a layer, to read and to write: as far as its shape says; what is beyond must stay zero.
   T* h(int64_t layer) noexcept { return layers_[layer].h[phase_]; }  // [N, padded(P or H)]

@@ -1,7 +1,6 @@
 // One step of one layer, a template of the cell, the type and the kind of weights. Block by block of units: the weights
-// of the input and of the state, all gates of a unit together, lie one after the other and are read once for all rows,
-// from end to end; the cell is applied while the sums are in L1. Of several steps the inputs are multiplied ahead: their
-// weights are read once.
+// of the input and of the state, all gates of a unit together, are read once for all rows; the cell is applied while the
+// sums are in L1. Of several steps the inputs are multiplied ahead: their weights are read once.
 #pragma once
 
 #include <new>
@@ -42,8 +41,8 @@ class StreamingLayer {
     int64_t at(int64_t b) const { return begin + b * block; }
   };
 
-  // A packed layer, in bytes: this, what the input is multiplied by, what the state is, biases, and a projection. Weights
-  // that fit into L2 lie section after section: steps whose inputs are multiplied ahead read one stream, up to 1.1 times as
+  // A packed layer, in bytes: this, what the input is multiplied by, what the state is, biases, and a projection. Up
+  // to 1 MiB of weights lie section after section: steps whose inputs are multiplied ahead read one stream, up to 1.1 times as
   // fast. Others lie block after block: a single step reads one stream, from memory 1.05 times as fast.
   struct Layout {
     int64_t blocks, output_blocks;
@@ -139,11 +138,11 @@ class StreamingLayer {
     if (s.ahead == 0) Weights::prepare(s.input, s.batch, s.shape.inputs, of_x);
     // Tiles of many k are best followed by their cells each, those of few by the cells of several, in longer turns.
     constexpr int64_t kManyK = 256;
-    if (kWaiting == 1 || s.batch <= kTileRows || s.shape.inputs + s.shape.outputs > kManyK) {
-      units<true>(s, layout, of_h, of_x);
-    } else {
-      units<false>(s, layout, of_h, of_x);
+    const bool each = s.batch <= kTileRows || s.shape.inputs + s.shape.outputs > kManyK;
+    if constexpr (kWaiting > 1) {
+      if (!each) units<false>(s, layout, of_h, of_x);
     }
+    if (kWaiting == 1 || each) units<true>(s, layout, of_h, of_x);
     if constexpr (Cell::kProjects) {
       if (s.shape.projected) project(s, layout);
     }
@@ -180,6 +179,7 @@ class StreamingLayer {
       if constexpr (kEach) {
         for_tiles<kVectors>(s.batch, s.batch, block.vectors, [&]<int kPartials, int kRows, int kOf>(RowTile tile) {
           constexpr int64_t kStride = kOf * kLanes;
+          // a vector more: a narrow block's last gate is read whole
           alignas(64) T recurrent[kRows * kStride + kLanes], of_input[kRows * kStride + kLanes];
           multiply_both<kPartials, kRows, kOf>(s, w, tile, of_input, recurrent, of_x, of_h);
           const T* const input = s.ahead > 0 ? products + (s.first + tile.first) * kStride : of_input;
@@ -190,7 +190,6 @@ class StreamingLayer {
           }
         });
       } else {
-        // a vector more: a narrow block's last gate is read whole
         constexpr int64_t kSums = (kWaiting - 1 + kTileRows) * kWidth + kLanes;
         alignas(64) T recurrent[kSums], of_input[kSums];
         int64_t waiting = 0;  // rows
@@ -216,7 +215,7 @@ class StreamingLayer {
   template <int kMost, class F>
   static FASTRNN_INLINE void for_tiles(int64_t batch, int64_t rows, int vectors, const F& f) {
     constexpr int kFew = kAccumulators / (2 * kMost);  // whose sums have room for two parts
-    constexpr int kMostRows = kMost == kVectors ? kTileRows : std::min(Weights::kMostRows, max_rows(kMost));
+    constexpr int kMostRows = std::min(Weights::kMostRows, max_rows(kMost));
     const auto tiles = [&]<int kOf>() __attribute__((always_inline)) {
       if constexpr (kFew > 0) {
         if (batch <= kFew) {
