@@ -65,7 +65,7 @@ def test_numbers(kind, batch, backend):
 
 @pytest.mark.parametrize("kind", ["rnn_tanh", "lstm", "gru"])
 def test_numbers_of_large_weights(kind, native):
-    """Of more than L2 holds, which lie in another order."""
+    """Of more than 1 MiB, which lie in another order."""
     net = build(kind, 33, 529)
     x = torch.randn(STEPS, 2, 33)
     found, exact, theirs = run_both(net, StreamingSession(net, 2), x, None)

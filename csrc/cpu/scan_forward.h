@@ -416,12 +416,9 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     cells<false>(rows, count, {sums, kWidth, kUnits, sums}, begin);
   }
 
-  // The sums of a block of units, a few rows at a time, and the cells on them. Tiles of many k are best followed by their
-  // cells each (1.02 times as fast), those of few k by the cells of all, in fewer and longer turns (1.05 to 1.1, and
-  // where L1 does not hold the sums of all rows as well).
+  // The sums of a block of units, a few rows at a time, and the cells on them, of each tile or of all.
   template <bool kFused>
   void block_of_units(const Row* rows, int64_t count, int64_t block, int64_t next) const {
-    constexpr int64_t kManyK = 256;
     const Sums sums = sums_of(sums_of_member(), count, block);
     const bool each = depth(scan_) > kManyK;  // never where nothing is packed
     if (scan_.plan.recurrent == Recurrent::kNatural) {

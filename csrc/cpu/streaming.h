@@ -63,9 +63,9 @@ class StreamingSession {
       if (place == nullptr) write(t, count);
     }
     if (place != nullptr) {  // the last state is the last output
-      output_ = std::copy_n(last.h[phase_], batch_ * padded(outputs()), own[phase_]) - batch_ * padded(outputs());
-      last.h[0] = own[0];
-      last.h[1] = own[1];
+      std::copy_n(last.h[phase_], batch_ * padded(outputs()), own[phase_]);
+      std::copy_n(own, 2, last.h);
+      output_ = last.h[phase_];
     }
   }
   T* input() noexcept { return input_.template as<T>(); }  // [steps, N, padded(I)]
