@@ -4,7 +4,7 @@ import pytest
 from test_backend import python
 
 # Whole cases, forward and backward, by the rule of tolerance.py: more rows, columns and k than a block has, vectors,
-# one step with many rows, few rows in all, and whatever divides or scatters what is multiplied.
+# one step with many rows or a single one, few rows in all, and whatever divides or scatters what is multiplied.
 RULE = """
     import torch, fastrnn
     from cases import small
@@ -16,6 +16,7 @@ RULE = """
         {"steps": 17, "batch": 33, "inputs": 389, "hidden": 67, "layout": "batch_first"},
         {"steps": 1, "batch": 17, "inputs": 129, "hidden": 129},
         {"steps": 1, "batch": 9, "inputs": 129, "hidden": 129},
+        {"steps": 1, "batch": 1, "inputs": 129, "hidden": 259},
         {"steps": 5, "batch": 3, "inputs": 193, "hidden": 65, "num_layers": 2},
         {"steps": 3, "batch": 129, "inputs": 1, "hidden": 3, "bidirectional": True, "num_layers": 2},
         {"steps": 33, "batch": 3, "inputs": 17, "hidden": 129, "bidirectional": True, "layout": "unsorted"},

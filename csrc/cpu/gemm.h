@@ -28,15 +28,14 @@ class Packing {
 // to [lanes][to_stride] = the first rows and columns of a factor, of which `rows` and `columns` exist; zeros beyond. Of
 // one that lies transposed as well.
 template <class T>
-void pack_square(const Factor<T>& from, int64_t rows, int64_t columns, T* to, int64_t to_stride,
-                 int64_t ahead = 2 * Vec<T>::size()) {
+void pack_square(const Factor<T>& from, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
   constexpr int kLanes = Vec<T>::size();
   if (from.column == 1) {
     for (int64_t r = 0; r < kLanes; ++r) {
       (r < rows ? load(from.data + r * from.row, columns) : Vec<T>(0)).store(to + r * to_stride);
     }
   } else {
-    transpose_square(from.data, from.column, to, to_stride, columns, rows, kLanes, ahead);
+    transpose_square(from.data, from.column, to, to_stride, columns, rows, kLanes, 2 * kLanes);
   }
 }
 
@@ -48,25 +47,26 @@ class TileProducts {
   static constexpr int kVectors = 4, kTileRows = max_rows(kVectors);
   static constexpr int kLanes = Vec<T>::size();
   static constexpr int64_t kWidth = kVectors * kLanes;
-  static constexpr int64_t kRows = 48;  // of a panel of a: whole tiles, and whole squares where it lies transposed
+  static constexpr int64_t kRows = 48;  // of a panel of a: whole tiles, and whole vectors where it lies transposed
   // of a block of b: half of an L2 of 1 MiB
   static constexpr int64_t kDepth = 384, kColumns = (512 << 10) / kDepth / sizeof(T) / kWidth * kWidth;
   static constexpr int64_t kShare = kLanes;  // rows or columns, of a thread's part
 
   TileProducts(int64_t depth, int64_t columns) : block_(rounded_up(depth, kLanes) * rounded_up(columns, kLanes)) {}
 
+  // One that lies transposed stays so, but closer: k as far apart as they lie all go to the same part of L1.
   void pack_panel(const Factor<T>& a, int64_t rows, int64_t depth) {
     if (a.column == 1) {
       a_ = a.data;
       stride_ = a.row;
       return;
     }
-    if (panel_.data() == nullptr) panel_ = Packing<T>(kRows * kStride);
+    if (panel_.data() == nullptr) panel_ = Packing<T>(kDepth * kRows);
     a_ = panel_.data();
-    stride_ = kStride;
-    for (int64_t k = 0; k < depth; k += kLanes) {
+    stride_ = 0;
+    for (int64_t k = 0; k < depth; ++k) {
       for (int64_t r = 0; r < rows; r += kLanes) {
-        pack_square(a.from(r, k), rows - r, depth - k, panel_.data() + r * kStride + k, kStride, kLanes * a.column);
+        load(a.from(r, k).data, rows - r).store(panel_.data() + k * kRows + r);
       }
     }
   }
@@ -92,8 +92,11 @@ class TileProducts {
     }
   }
 
-  // c [rows, ldc] = or += panel * block
-  void multiply(int64_t rows, int64_t columns, int64_t depth, T* c, int64_t ldc, bool add) const {
+  // c [rows, ldc] = or += panel * block. next: what is packed as a panel after this one. Pieces of rows far apart, which
+  // no processor reads ahead: the first tiles ask for one line of all of them each.
+  void multiply(int64_t rows, int64_t columns, int64_t depth, const Factor<T>& next, T* c, int64_t ldc,
+                bool add) const {
+    constexpr int64_t kLine = 64 / sizeof(T), kLines = kRows / kLine;
     const int64_t deep = rounded_up(depth, kLanes);
     for (int64_t j = 0; j < columns; j += kWidth) {
       const int vectors = static_cast<int>(std::min<int64_t>(kVectors, blocks(columns - j, kLanes)));
@@ -104,8 +107,15 @@ class TileProducts {
         for (int r = 0; r < kTile; ++r) {
           for (int v = 0; v < vectors; ++v) __builtin_prefetch(to + r * ldc + v * kLanes, 1, 3);
         }
-        accumulate<kTile, kVectors>(vectors, sums, Packed<T>{block, block, 0}, {0, depth, false},
-                                    [&](int r) { return a_ + (tile.first + r) * stride_; });
+        if (stride_ > 0) {
+          accumulate<kTile, kVectors>(vectors, sums, Packed<T>{block, block, 0}, {0, depth, false},
+                                      [&](int r) { return a_ + (tile.first + r) * stride_; });
+        } else {
+          const Packed<T> packed{block, next.data + std::min(tile.index, kLines) * kLine, next.column};
+          with_number<kVectors>(vectors, [&]<int kUsed>() {
+            accumulate<kTile, kUsed>(sums, false, packed, Columns<kRows, T>{a_ + tile.first}, depth);
+          });
+        }
         const int64_t count = std::min(kWidth, columns - j);
         for (int r = 0; r < kTile; ++r) store_sums(to + r * ldc, sums + r * vectors * kLanes, count, add);
       });
@@ -113,11 +123,9 @@ class TileProducts {
   }
 
  private:
-  static constexpr int64_t kStride = kDepth + 2 * kLanes;  // of a row of a panel, no multiple of 256 bytes
-
-  Packing<T> panel_, block_;  // [kRows][kStride], if it is needed; see pack_block
-  const T* a_ = nullptr;  // [rows, stride_] the panel, or the factor itself
-  int64_t stride_ = 0;
+  Packing<T> panel_, block_;  // [depth][kRows], if it is needed; see pack_block
+  const T* a_ = nullptr;  // the panel, or the factor itself: [rows, stride_]
+  int64_t stride_ = 0;  // 0 for the panel
 };
 
 // The same of float32 in two or three parts of bfloat16 (amx.h).
@@ -176,7 +184,8 @@ class PartProducts {
   }
 
   // c [rows, ldc] = or += panel * block
-  void multiply(int64_t rows, int64_t columns, int64_t depth, float* c, int64_t ldc, bool add) const {
+  void multiply(int64_t rows, int64_t columns, int64_t depth, const Factor<float>&, float* c, int64_t ldc,
+                bool add) const {
     const int64_t wide = whole_tiles(columns), deep = whole_tiles(depth);
     products_.multiply_parts({parts_, kAmxRows, rows, wide, deep}, {panel_.data(), kStride, kDepth},
                              {block_.data(), wide, deep * wide}, sums_.data(), wide);
@@ -273,7 +282,9 @@ class Gemm {
         for (int64_t i = 0; i < sizes.m; i += kRows) {
           const int64_t rows = std::min(kRows, sizes.m - i);
           products.pack_panel(a.from(i, k), rows, depth);
-          products.multiply(rows, columns, depth, c + i * ldc + j, ldc, add || k > 0);
+          const bool last = i + rows == sizes.m, last_block = j + columns == sizes.n;
+          const auto next = !last ? a.from(i + rows, k) : a.from(0, last_block ? k + depth : k);
+          products.multiply(rows, columns, depth, next, c + i * ldc + j, ldc, add || k > 0);
         }
       }
     }
@@ -307,11 +318,71 @@ void multiply_few_rows(const GemmSizes& sizes, const Factor<T>& a, const Factor<
   for_shares(sizes.n, kLanes, worth_threads(sizes.m * sizes.n * sizes.k, threads), part);
 }
 
+// A row times a matrix whose own rows lie one after another: they are read once, in the order of memory but for a few
+// beside one another, which share the sums. Chunks of k have sums of their own, as those of tiles have.
+template <class T>
+void multiply_row(const GemmSizes& sizes, const Factor<T>& a, const Factor<T>& b, T* c, bool add, int threads) {
+  constexpr int kTogether = 4, kLanes = Vec<T>::size();
+  constexpr int64_t kChunk = 192, kColumns = 4096 / sizeof(T);
+  const auto part = [&](int64_t begin, int64_t end, int64_t) {
+    alignas(64) T sums[kColumns];
+    for (int64_t j = begin; j < end; j += kColumns) {
+      const int64_t columns = std::min(kColumns, end - j);
+      const auto add_rows = [&]<int kRows>(int64_t k, bool begun) {
+        for (int64_t v = 0; v < columns; v += kLanes) {
+          Vec<T> sum(0);
+#pragma GCC unroll 4
+          for (int r = 0; r < kRows; ++r) {
+            const T* const row = b.from(k + r, j + v).data;
+            __builtin_prefetch(row + kTogether * b.row, 0, 3);
+            sum = at::vec::fmadd(Vec<T>(*a.from(0, k + r).data), load(row, columns - v), sum);
+          }
+          (begun ? Vec<T>::loadu(sums + v) + sum : sum).store(sums + v);
+        }
+      };
+      for (int64_t k = 0; k < sizes.k; k += kChunk) {
+        const int64_t last = std::min(k + kChunk, sizes.k);
+        int64_t row = k;
+        for (; row + kTogether <= last; row += kTogether) add_rows.template operator()<kTogether>(row, row > k);
+        for (; row < last; ++row) add_rows.template operator()<1>(row, row > k);
+        store_sums(c + j, sums, columns, add || k > 0);
+      }
+    }
+  };
+  for_shares(sizes.n, kLanes, worth_threads(sizes.n * sizes.k, threads), part);
+}
+
+// A column times a row.
+template <class T>
+void multiply_column(const GemmSizes& sizes, const Factor<T>& a, const Factor<T>& b, T* c, int64_t ldc, bool add,
+                     int threads) {
+  using V = Vec<T>;
+  for_shares(sizes.m, 1, worth_threads(sizes.m * sizes.n, threads), [&](int64_t begin, int64_t end, int64_t) {
+    for (int64_t i = begin; i < end; ++i) {
+      const V x(*a.from(i, 0).data);
+      T* const to = c + i * ldc;
+      if (add) {
+        at::vec::map2([x](V y, V sum) { return sum + x * y; }, to, b.data, to, sizes.n);
+      } else {
+        at::vec::map([x](V y) { return x * y; }, to, b.data, sizes.n);
+      }
+    }
+  });
+}
+
 template <class T>
 void multiply_matrices(const GemmSizes& sizes, const Factor<T>& a, const Factor<T>& b, T* c, int64_t ldc, bool add,
                        int threads) {
   if (few_rows(sizes, a, b)) {
     multiply_few_rows(sizes, a, b, c, ldc, add, threads);
+    return;
+  }
+  if (b.column == 1 && sizes.k == 1) {
+    multiply_column(sizes, a, b, c, ldc, add, threads);
+    return;
+  }
+  if (b.column == 1 && sizes.m == 1 && sizes.k > 0) {
+    multiply_row(sizes, a, b, c, add, threads);
     return;
   }
   const auto make = [](int64_t depth, int64_t columns) { return TileProducts<T>(depth, columns); };

@@ -132,11 +132,25 @@ FASTRNN_INLINE void set_zero(V (&sum)[kRows][kVectors]) {
   }
 }
 
+// Rows of a tile that lie beside one another: element k of row r is first[k * kStep + r].
+template <int64_t kStep, class T>
+struct Columns {
+  const T* first;
+};
+template <int64_t kStep, class T>
+FASTRNN_INLINE T element(const Columns<kStep, T>& a, int r, int64_t k) {
+  return a.first[k * kStep + r];
+}
+// Rows wherever they are.
+template <class T, size_t kRows>
+FASTRNN_INLINE T element(const T* const (&a)[kRows], int r, int64_t k) {
+  return a[r][k];
+}
+
 // sums [kRows][kVectors][lanes] = over k in [begin, end): a[r][k] * w[k][v], or += . The weights come from L2 a little
 // ahead of their use.
-template <int kPartials, int kVectors, int kRows, class T>
-FASTRNN_INLINE void multiply(T* sums, bool add, const Packed<T>& packed, const T* const (&a)[kRows], int64_t begin,
-                             int64_t end) {
+template <int kPartials, int kRows, int kVectors, class T, class A>
+FASTRNN_INLINE void multiply(T* sums, bool add, const Packed<T>& packed, const A& a, int64_t begin, int64_t end) {
   using V = Vec<T>;
   constexpr int kLanes = V::size();
   constexpr int64_t kAhead = 8;  // of k
@@ -158,7 +172,7 @@ FASTRNN_INLINE void multiply(T* sums, bool add, const Packed<T>& packed, const T
       for (int v = 0; v < kVectors; ++v) weight[v] = in_register(V::loadu(w + (p * kVectors + v) * kLanes));
 #pragma GCC unroll 32
       for (int r = 0; r < kRows; ++r) {
-        const V x(a[r][k + p]);
+        const V x(element(a, r, k + p));
 #pragma GCC unroll 32
         for (int v = 0; v < kVectors; ++v) partial[p][r][v] = at::vec::fmadd(x, weight[v], partial[p][r][v]);
       }
@@ -168,7 +182,7 @@ FASTRNN_INLINE void multiply(T* sums, bool add, const Packed<T>& packed, const T
   for (; k < end; ++k) {
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) {
-      const V x(a[r][k]);
+      const V x(element(a, r, k));
 #pragma GCC unroll 32
       for (int v = 0; v < kVectors; ++v) {
         partial[0][r][v] = at::vec::fmadd(x, V::loadu(w + v * kLanes), partial[0][r][v]);
@@ -200,14 +214,13 @@ FASTRNN_INLINE void multiply(T* sums, bool add, const Packed<T>& packed, const T
 // by one would each be rounded as it is. So callers add what they have last, and a long sum is one of chunks, each from
 // zero. The sums go through memory, to a function that is nothing but the loop: within a caller g++ keeps some of
 // them on the stack throughout.
-template <int kRows, int kVectors, int kPartials = partial_sums(kRows, kVectors), class T>
-[[gnu::noinline]] void accumulate(T* sums, bool add, const Packed<T>& packed, const T* const (&a)[kRows],
-                                  int64_t depth) {
+template <int kRows, int kVectors, int kPartials = partial_sums(kRows, kVectors), class T, class A>
+[[gnu::noinline]] void accumulate(T* sums, bool add, const Packed<T>& packed, const A& a, int64_t depth) {
   constexpr int64_t kChunk = 192;
   int64_t begin = 0;
   do {
     const int64_t end = std::min(begin + kChunk, depth);
-    multiply<kPartials, kVectors>(sums, add, packed, a, begin, end);
+    multiply<kPartials, kRows, kVectors>(sums, add, packed, a, begin, end);
     begin = end;
     add = true;
   } while (begin < depth);

@@ -251,7 +251,7 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   const StepRange all{0, z.steps, 0, count};
   const auto places = [&](const StepRange& range) { return valid->narrow(0, range.first, range.rows); };
   const auto select = [&](const Tensor& data, const StepRange& range) {  // [total, columns] -> [range.rows, columns]
-    if (!valid) return rows_of(data, range.first, range.rows).to(product);
+    if (!valid) return to_type(rows_of(data, range.first, range.rows), product);
     if (dense) return data.index_select(0, places(range)).to(product);
     const Tensor kept = data.index_select(0, *valid).to(product);
     return at::zeros(data.sizes(), kept.options()).index_copy_(0, *valid, kept);
@@ -261,8 +261,8 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   const Tensor x = input.reshape({total, z.inputs});
   BackwardArguments a{kind, l, z, {}, hx, factors, batch_first, mask, groups};
   for (int d = 0; d < l.directions; ++d) {
-    if (a.wants_input()) factors[l.w_ih(d)] = weights[l.w_ih(d)].to(product);
-    if (a.wants_state(0)) factors[l.w_hh(d)] = weights[l.w_hh(d)].to(product);
+    if (a.wants_input()) factors[l.w_ih(d)] = to_type(weights[l.w_ih(d)], product);
+    if (a.wants_state(0)) factors[l.w_hh(d)] = to_type(weights[l.w_hh(d)], product);
   }
   for (size_t i = 0; i < grad_outputs.size(); ++i) {
     const Tensor grad = or_undefined(grad_outputs.get(i));
@@ -281,7 +281,7 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   const int64_t reserve_columns = reserve.size(-1);
   const auto allocate = [&](int64_t height, int64_t columns, at::ScalarType type) {
     const auto of = options.dtype(type);
-    return with_huge_pages(valid && !dense ? at::zeros({height, columns}, of) : at::empty({height, columns}, of));
+    return with_huge_pages(valid && !dense ? zeros({height, columns}, of) : empty({height, columns}, of));
   };
   const auto gate_type = rounded ? product : scalar_type<T>;
   std::optional<Windows> windows;
@@ -291,9 +291,8 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
 
   BackwardParams<T> params[2];
   Tensor grad_projected[2];
-  const Tensor carry = at::zeros({directions, z.batch, z.units}, options);
-  const Tensor grad_first = a.wants_states() ? at::empty({directions, z.batch, cell.gates * z.units}, options)
-                                             : Tensor();
+  const Tensor carry = zeros({directions, z.batch, z.units}, options);
+  const Tensor grad_first = a.wants_states() ? empty({directions, z.batch, cell.gates * z.units}, options) : Tensor();
   for (int d = 0; d < l.directions; ++d) {
     if (!windows) all_gates[d] = allocate(count, gate_columns, gate_type);
     if (l.projected) grad_projected[d] = allocate(count, z.outputs, scalar_type<T>);
@@ -333,6 +332,7 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
     products.add = [parts = scan.plan.parts](Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
       multiply<T>(parts, threads(), sum, begun, a, b);
     };
+    products.sum = [](Tensor& sum, bool begun, const Tensor& rows) { add_rows<T>(threads(), sum, begun, rows); };
   }
   LayerGradients gradients(a, total, products);
   // the h that entered some steps
@@ -346,17 +346,17 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
     const int64_t later = total - z.batch, before = d == 0 ? z.batch : 0, after = z.batch - before;
     const int64_t begin = std::clamp(range.first, before, before + later);
     const int64_t end = std::clamp(range.first + range.rows, begin, before + later);
-    const Tensor own = output.view({total, directions * z.outputs}).narrow(1, d * z.outputs, z.outputs);
-    std::vector<RowFactor> factors{{begin, own.narrow(0, begin - before + after, end - begin).to(product)}};
-    if (initial.defined()) factors.push_back({d == 0 ? 0 : later, initial.to(product)});
+    const Tensor own = columns_of(output.view({total, directions * z.outputs}), d * z.outputs, z.outputs);
+    std::vector<RowFactor> factors{{begin, to_type(rows_of(own, begin - before + after, end - begin), product)}};
+    if (initial.defined()) factors.push_back({d == 0 ? 0 : later, to_type(initial, product)});
     return factors;
   };
   // data: [range.rows, (G+S)*H]
   const auto add = [&](int d, const StepRange& range, const Tensor& data) {
-    const Tensor gates = data.to(product);
-    GateGradients of{range.first, gates.narrow(1, 0, cell.gates * z.units), {gates.narrow(1, 0, together)}, {}, {}};
+    const Tensor gates = to_type(data, product);
+    GateGradients of{range.first, columns_of(gates, 0, cell.gates * z.units), {columns_of(gates, 0, together)}, {}, {}};
     // the separate gates have their recurrent parts behind those of all gates
-    if (cell.separate > 0) of.recurrent.push_back(gates.narrow(1, cell.gates * z.units, cell.separate * z.units));
+    if (cell.separate > 0) of.recurrent.push_back(columns_of(gates, cell.gates * z.units, cell.separate * z.units));
     if (a.wants_weight(l.w_ih(d))) of.x = select(x, range);
     if (dense && a.wants_input()) of.places = places(range);
     gradients.add(d, of, states(d, range));
@@ -389,7 +389,8 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
     empty_rows = at::empty({z.batch, 1}, at::kBool);
     for (int64_t n = 0; n < z.batch; ++n) empty_rows.mutable_data_ptr<bool>()[n] = rows.length[n] == 0;
   }
-  Tensors result = gradients.finish(grad_first.defined() ? grad_first.to(product) : grad_first, carry, empty_rows);
+  Tensors result = gradients.finish(grad_first.defined() ? to_type(grad_first, product) : grad_first, carry,
+                                    empty_rows);
   if (dense) clear_padding(table, result[0]);
   if (scan.plan.parts > 1 && std::any_of(result.begin(), result.end(), has_nan)) return {};
   if (a.wants_input()) result[0] = result[0].view(input.sizes());

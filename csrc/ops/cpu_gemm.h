@@ -52,7 +52,9 @@ void multiply(int parts, int threads, Tensor& sum, bool begun, const Tensor& a, 
   const auto lies_well = [](const Tensor& t) { return t.stride(0) == 1 || t.stride(1) == 1; };
   const auto factor = [](const Tensor& t) { return Factor<T>{t.const_data_ptr<T>(), t.stride(0), t.stride(1)}; };
   const bool in_parts = parts > 1 && worth_parts(sizes);
-  const bool own = own_gemm() && sizes.m > 1 && sizes.n > 1;  // for a vector nothing is used twice
+  // of a vector nothing is used twice: there is nothing to pack
+  const bool vector = b.stride(1) == 1 && (sizes.m == 1 || sizes.k == 1);
+  const bool own = vector || (own_gemm() && sizes.m > 1 && sizes.n > 1);
   if (!lies_well(a) || !lies_well(b) || sum.stride(1) != 1 || !(in_parts || own)) {
     multiply_by_library(sum, begun, a, b);
     return;
@@ -66,6 +68,15 @@ void multiply(int parts, int threads, Tensor& sum, bool begun, const Tensor& a, 
     }
   }
   kernels.multiply<T>()(sizes, factor(a), factor(b), c, sum.stride(0), begun, threads);
+}
+
+// sum (+)= the sum of all rows.
+template <class T>
+void add_rows(int threads, Tensor& sum, bool begun, const Tensor& rows) {
+  constexpr T kOne = 1;
+  cpu_kernels().multiply<T>()({1, rows.size(1), rows.size(0)}, {&kOne, 0, 0},
+                              {rows.const_data_ptr<T>(), rows.stride(0), rows.stride(1)}, sum.mutable_data_ptr<T>(),
+                              sum.numel(), begun, threads);
 }
 
 }  // namespace fastrnn

@@ -1,5 +1,7 @@
 #include "ops/layer_op.h"
 
+#include <ATen/ops/as_strided.h>
+#include <ATen/ops/as_strided_cpu_dispatch.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
@@ -8,9 +10,11 @@
 #include <ATen/ops/mul.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/where.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/zero.h>
+#include <ATen/ops/zero_cpu_dispatch.h>
 
 #include <algorithm>
+#include <cstring>
 
 namespace fastrnn {
 namespace {
@@ -20,6 +24,26 @@ Tensor allocate(at::DimVector rows, int64_t last, const at::TensorOptions& optio
   return empty(rows, options);
 }
 
+// A view of a tensor, its first element `offset` behind that of t.
+Tensor view_of(const Tensor& t, at::IntArrayRef sizes, at::IntArrayRef strides, int64_t offset) {
+  const int64_t first = t.storage_offset() + offset;
+  return t.is_cpu() ? at::cpu::as_strided(t, sizes, strides, first) : at::as_strided(t, sizes, strides, first);
+}
+
+// Columns of all of them.
+int64_t width_of(const std::vector<Tensor>& parts) {
+  int64_t width = 0;
+  for (const Tensor& part : parts) width += part.size(1);
+  return width;
+}
+
+Tensor copy_of(const Tensor& t) {
+  if (!t.is_cpu() || !t.is_contiguous()) return t.clone();
+  const Tensor copy = empty(t.sizes(), t.options());
+  std::memcpy(copy.mutable_data_ptr(), t.const_data_ptr(), t.nbytes());
+  return copy;
+}
+
 }  // namespace
 
 Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
@@ -27,14 +51,47 @@ Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
 }
 
 Tensor rows_of(const Tensor& t, int64_t first, int64_t count) {
-  return count == t.size(0) ? t : t.narrow(0, first, count);
+  if (count == t.size(0)) return t;
+  at::DimVector sizes(t.sizes());
+  sizes[0] = count;
+  return view_of(t, sizes, t.strides(), first * t.stride(0));
+}
+
+Tensor columns_of(const Tensor& t, int64_t first, int64_t count) {
+  return count == t.size(1) ? t : view_of(t, {t.size(0), count}, t.strides(), first * t.stride(1));
+}
+
+Tensor transposed(const Tensor& t) { return view_of(t, {t.size(1), t.size(0)}, {t.stride(1), t.stride(0)}, 0); }
+
+void set_zero(Tensor& t) {
+  if (t.is_cpu()) {
+    at::cpu::zero_(t);
+  } else {
+    t.zero_();
+  }
+}
+
+Tensor zeros(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  Tensor t = empty(sizes, options);
+  set_zero(t);
+  return t;
 }
 
 void add_product(Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
   if (begun) {
     sum.addmm_(a, b);
+  } else if (a.size(1) == 1) {
+    at::mul_out(sum, a, b);  // written once; a product of one k would be prepared as one of many
   } else {
     at::mm_out(sum, a, b);
+  }
+}
+
+void add_rows(Tensor& sum, bool begun, const Tensor& rows) {
+  if (begun) {
+    sum.add_(rows.sum(0));
+  } else {
+    at::sum_out(sum, rows, {0});
   }
 }
 
@@ -107,13 +164,13 @@ Tensors LayerGradients::finish(const Tensor& grad_first, const Tensor& carry, co
   const Layout& l = a_.layout;
   const Sizes& z = a_.sizes;
   for (int d = 0; d < l.directions; ++d) {
-    if (l.biases && same_bias(d)) weight(l.b_hh(d)) = weight(l.b_ih(d)).clone();
+    if (l.biases && same_bias(d)) weight(l.b_hh(d)) = copy_of(weight(l.b_ih(d)));
   }
   for (Tensor& sum : result_) {
     if (sum.defined()) sum = sum.contiguous();
   }
   if (a_.wants_state(0)) {
-    Tensor grad_h0 = at::empty({z.directions, z.batch, z.outputs}, grad_first.options());
+    Tensor grad_h0 = empty({z.directions, z.batch, z.outputs}, grad_first.options());
     for (int d = 0; d < l.directions; ++d) {
       Tensor slice = grad_h0.select(0, d);
       add_gates(slice, false, grad_first.select(0, d), a_.weights[l.w_hh(d)]);
@@ -137,11 +194,11 @@ void LayerGradients::add_input(int d, const GateGradients& gates) {
   const Tensor& w = a_.weights[a_.layout.w_ih(d)];
   const int64_t rows = grad.size(0), inputs = w.size(1);
   const bool begun = d > 0;  // each row once by each direction
-  if (!result_[0].defined()) result_[0] = at::empty({rows_, inputs}, grad.options());
+  if (!result_[0].defined()) result_[0] = empty({rows_, inputs}, grad.options());
   const bool scattered = gates.places.defined();
   Tensor sum = !scattered ? rows_of(result_[0], gates.first, rows)
                : begun    ? result_[0].index_select(0, gates.places)
-                          : at::empty({rows, inputs}, grad.options());
+                          : empty({rows, inputs}, grad.options());
   add_gates(sum, begun, grad, w);
   if (scattered) products_.scatter(result_[0], gates.places, sum);
 }
@@ -169,11 +226,7 @@ void LayerGradients::add_outer(Tensor& sum, int64_t first, const std::vector<Ten
     return;
   }
   const bool add = sum.defined();
-  if (!add) {
-    int64_t width = 0;
-    for (const Tensor& part : parts) width += part.size(1);
-    sum = allocate_sum(width, factors.at(0).x.size(1), parts.at(0).options());
-  }
+  if (!add) sum = allocate_sum(width_of(parts), factors.at(0).x.size(1), parts.at(0).options());
   // in place: for one step a copy or a sum of such matrices costs as much as the product
   int64_t at = 0;
   for (const Tensor& part : parts) {
@@ -186,7 +239,7 @@ void LayerGradients::add_outer(Tensor& sum, int64_t first, const std::vector<Ten
       add_term(slice, begun, rows_of(part, begin - first, rows), rows_of(factor.x, begin - factor.first, rows));
       begun = true;
     }
-    if (!begun) slice.zero_();
+    if (!begun) set_zero(slice);
     at += part.size(1);
   }
 }
@@ -195,7 +248,7 @@ Tensor LayerGradients::allocate_sum(int64_t rows, int64_t columns, const at::Ten
   // below, what is gained is less than what it costs to lay the result out as its weight
   constexpr int64_t kLong = 1000;
   const bool turned = rows_ >= kLong && columns <= products_.narrow && columns < rows;
-  return turned ? at::empty({columns, rows}, options).t() : at::empty({rows, columns}, options);
+  return turned ? transposed(empty({columns, rows}, options)) : empty({rows, columns}, options);
 }
 
 // slice (+)= grad^T x, both of the same rows.
@@ -208,10 +261,8 @@ void LayerGradients::add_term(Tensor& slice, bool begun, const Tensor& grad, con
     add_parts(slice, begun, grad.narrow(0, 0, all).view({sums, each, grad.size(1)}).transpose(1, 2),
               x.narrow(0, 0, all).view({sums, each, x.size(1)}));
     if (all < rows) products_.add(slice, true, grad.narrow(0, all, rows - all).t(), x.narrow(0, all, rows - all));
-  } else if (!begun && rows == 1) {
-    at::mul_out(slice, grad.t(), x);  // written once; a product of one k would be prepared as one of many
   } else {
-    products_.add(slice, begun, grad.t(), x);
+    products_.add(slice, begun, transposed(grad), x);
   }
 }
 
@@ -234,13 +285,19 @@ void LayerGradients::add_parts(Tensor& sum, bool begun, const Tensor& a, const T
 
 // sum += [rows, A] -> [A], or [groups, A]
 void LayerGradients::add_sum(Tensor& sum, const std::vector<Tensor>& parts) const {
-  Tensors sums;
-  for (const Tensor& part : parts) sums.push_back(a_.groups == 0 ? part.sum(0) : grouped(part).sum(1));
-  const Tensor whole = sums.size() == 1 ? sums[0] : at::cat(sums, -1);
-  if (sum.defined()) {
-    sum.add_(whole);
-  } else {
-    sum = whole;
+  if (a_.groups > 0) {
+    Tensors all;
+    for (const Tensor& part : parts) all.push_back(grouped(part).sum(1));
+    sum = all.size() == 1 ? all[0] : at::cat(all, -1);
+    return;
+  }
+  const bool begun = sum.defined();
+  if (!begun) sum = empty({width_of(parts)}, parts.at(0).options());
+  int64_t at = 0;
+  for (const Tensor& part : parts) {
+    Tensor slice = rows_of(sum, at, part.size(1));
+    products_.sum(slice, begun, part);
+    at += part.size(1);
   }
 }
 

@@ -58,9 +58,17 @@ struct LayerResult {
 
 // Some rows of t; all of them are t itself, without a call of an op.
 Tensor rows_of(const Tensor& t, int64_t first, int64_t count);
+// The same of the columns of a matrix, and a matrix with its sides changed.
+Tensor columns_of(const Tensor& t, int64_t first, int64_t count);
+Tensor transposed(const Tensor& t);
+// Zeros in the place of what it has, or in a new tensor.
+void set_zero(Tensor& t);
+Tensor zeros(at::IntArrayRef sizes, const at::TensorOptions& options);
 
 // sum (+)= a b; it has numbers if `begun`.
 void add_product(Tensor& sum, bool begun, const Tensor& a, const Tensor& b);
+// sum [A] (+)= the sum of rows [*, A].
+void add_rows(Tensor& sum, bool begun, const Tensor& rows);
 
 // How a device multiplies best.
 struct Products {
@@ -70,6 +78,7 @@ struct Products {
   // Of long sums, columns up to which a result is made faster if its longer side is the one that lies in a row.
   int64_t narrow = 0;
   std::function<void(Tensor& sum, bool begun, const Tensor& a, const Tensor& b)> add = add_product;
+  std::function<void(Tensor& sum, bool begun, const Tensor& rows)> sum = add_rows;
   // to[places[i]] = from[i], rows as a whole; null where gate gradients have no places
   std::function<void(Tensor& to, const Tensor& places, const Tensor& from)> scatter;
 };
