@@ -353,11 +353,17 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     const auto sums_at = [&](int64_t block) { return sums_of(all + (block - range.begin) * of_block, count, block); };
     const bool natural = scan_.plan.recurrent == Recurrent::kNatural;
     with_number<kFewRows>(static_cast<int>(count), [&]<int kRows>() {
+      if (natural) {  // gate after gate, as they lie in memory
+        int done = 0;
+        zigzag({0, kMatrixGates<kFused>}, s, [&](int64_t gate, int64_t) {
+          const bool add = done++ >= kGates;
+          for (int64_t block = range.begin; block < range.end; ++block) {
+            this->template natural_gate<kFused, kRows>(rows, block, static_cast<int>(gate), add, sums_at(block));
+          }
+        });
+        return;
+      }
       zigzag(range, s, [&](int64_t block, int64_t next) {
-        if (natural) {
-          this->template natural_tile<kFused, kRows>(rows, block, sums_at(block));
-          return;
-        }
         with_vectors<kVectors>(vectors_of(block), [&](auto vectors) {
           const Part part = part_of<kFused>(block, vectors, next, Chunk{0, depth(scan_)});
           this->template tile<kFused, kRows>(rows, RowTile{0, 0, 1}, part, vectors, sums_at(block));
@@ -585,31 +591,37 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     if (row.h_n != nullptr) store(row.h_n + j, h, count);
   }
 
+  // Gates whose weights a step reads: of W_ih, if x is multiplied with them, and W_hh.
+  template <bool kFused>
+  static constexpr int kMatrixGates = (kFused ? 2 : 1) * kGates;
+
   // A few rows and one block with the weights as they lie: nothing is packed for a single step.
   template <bool kFused, int kRows>
   void natural_tile(const Row* rows, int64_t block, const Sums& sums) const {
-    const int64_t units = shape_.units, begin = block * kUnits;
-    const auto multiply = [&](T* to, bool add, const Stored<T>& matrix, int64_t depth, const auto& row) {
-      const T* x[kRows];
-      for (int r = 0; r < kRows; ++r) x[r] = row(rows[r]);
-      with_stored(matrix, [&](const auto* w) {
-        for (int g = 0; g < kGates; ++g) {
-          for (int64_t u = 0; u < units_of(block); u += kLanes) {
-            const int64_t first = g * units + begin + u, count = std::min<int64_t>(kLanes, units_of(block) - u);
-            T part[kRows][kLanes] = {};
-            dots(part, w + first * depth, x, depth, count);
-            for (int r = 0; r < kRows; ++r) {
-              store_sums(to + r * sums.stride + g * sums.gate_stride + u, part[r], count, add);
-            }
-          }
-        }
-      });
-    };
-    if (kFused) {
-      multiply(kInputApart ? sums.input_part : sums.sums, false, p_.w_ih, shape_.inputs,
-               [](const Row& row) { return row.input; });
+    for (int gate = 0; gate < kMatrixGates<kFused>; ++gate) {
+      natural_gate<kFused, kRows>(rows, block, gate, gate >= kGates, sums);
     }
-    multiply(sums.sums, kFused && !kInputApart, p_.w_hh, shape_.outputs, [](const Row& row) { return row.h; });
+  }
+
+  // The same of a gate, which is added to that of the other matrix unless they are apart.
+  template <bool kFused, int kRows>
+  void natural_gate(const Row* rows, int64_t block, int gate, bool add, const Sums& sums) const {
+    const bool of_input = kFused && gate < kGates;
+    const int64_t g = gate % kGates, depth = of_input ? shape_.inputs : shape_.outputs;
+    T* const to = (of_input && kInputApart ? sums.input_part : sums.sums) + g * sums.gate_stride;
+    const T* x[kRows];
+    for (int r = 0; r < kRows; ++r) x[r] = of_input ? rows[r].input : rows[r].h;
+    with_stored(of_input ? p_.w_ih : p_.w_hh, [&](const auto* w) {
+      for (int64_t u = 0; u < units_of(block); u += kLanes) {
+        const int64_t first = g * shape_.units + block * kUnits + u;
+        const int64_t count = std::min<int64_t>(kLanes, units_of(block) - u);
+        T part[kRows][kLanes] = {};
+        dots(part, w + first * depth, x, depth, count);
+        for (int r = 0; r < kRows; ++r) {
+          store_sums(to + r * sums.stride + u, part[r], count, add && !kInputApart);
+        }
+      }
+    });
   }
 
   void projection_phase(int64_t s, const Row* rows, int64_t count) const {
