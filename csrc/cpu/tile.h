@@ -169,7 +169,7 @@ FASTRNN_INLINE void multiply(T* sums, bool add, const Packed<T>& packed, const A
       }
       V weight[kVectors];
 #pragma GCC unroll 32
-      for (int v = 0; v < kVectors; ++v) weight[v] = in_register(V::loadu(w + (p * kVectors + v) * kLanes));
+      for (int v = 0; v < kVectors; ++v) weight[v] = in_register<kRows>(V::loadu(w + (p * kVectors + v) * kLanes));
 #pragma GCC unroll 32
       for (int r = 0; r < kRows; ++r) {
         const V x(element(a, r, k + p));
@@ -242,7 +242,7 @@ FASTRNN_INLINE void dot(T (&sum)[kRows][kInputs], const W* w, const T* const (&x
     for (int n = 0; n < kInputs; ++n) in[n] = load(x[n] + k, count);
 #pragma GCC unroll 32
     for (int i = 0; i < kRows; ++i) {
-      const V weight = in_register(load(w + i * depth + k, count));
+      const V weight = in_register<kInputs>(load(w + i * depth + k, count));
       __builtin_prefetch(w + ahead + kRows * k + i * V::size(), 0, 3);
 #pragma GCC unroll 32
       for (int n = 0; n < kInputs; ++n) s[p][i][n] = at::vec::fmadd(in[n], weight, s[p][i][n]);

@@ -28,9 +28,11 @@ inline constexpr int kVectorRegisters = 8;
 #endif
 inline constexpr int kAccumulators = kVectorRegisters == 32 ? 27 : kVectorRegisters * 3 / 4;
 
-// v in a register. g++ would have each of several instructions load it from memory again, and again while it is on its way.
-template <class T>
+// v, to be used so many times, in a register. g++ would have each of several instructions load it from memory again, and
+// again while it is on its way. A single one may: the fewer instructions, the more loads a processor sees ahead.
+template <int kUses, class T>
 FASTRNN_INLINE Vec<T> in_register(Vec<T> v) {
+  if constexpr (kUses == 1) return v;
 #if defined(CPU_CAPABILITY_AVX512)
   const auto keep = [](auto x) {
     asm("" : "+v"(x));
