@@ -4,19 +4,22 @@ import pytest
 from test_backend import python
 
 # Whole cases, forward and backward, by the rule of tolerance.py: more rows, columns and k than a block has, vectors,
-# one step with many rows or a single one, few rows in all, and whatever divides or scatters what is multiplied.
+# one step with many rows or a single one, few rows in all, and whatever divides or scatters what is multiplied. Then
+# inputs that repeat themselves.
 RULE = """
     import torch, fastrnn
-    from cases import small
+    from cases import data, module, outputs_and_gradients, small
     from test_features import OPTIONS, compare_apart
     from test_modules import compare
+    from tolerance import check
     assert fastrnn.build_info()["cpu_gemm"] == GEMM
     shapes = (
         {"steps": 129, "batch": 17, "inputs": 3, "hidden": 17},
         {"steps": 17, "batch": 33, "inputs": 389, "hidden": 67, "layout": "batch_first"},
         {"steps": 1, "batch": 17, "inputs": 129, "hidden": 129},
         {"steps": 1, "batch": 9, "inputs": 129, "hidden": 129},
-        {"steps": 1, "batch": 1, "inputs": 129, "hidden": 259},
+        {"steps": 1, "batch": 1, "inputs": 129, "hidden": 385, "bidirectional": True},
+        {"steps": 3, "batch": 1, "inputs": 17, "hidden": 385},
         {"steps": 5, "batch": 3, "inputs": 193, "hidden": 65, "num_layers": 2},
         {"steps": 3, "batch": 129, "inputs": 1, "hidden": 3, "bidirectional": True, "num_layers": 2},
         {"steps": 33, "batch": 3, "inputs": 17, "hidden": 129, "bidirectional": True, "layout": "unsorted"},
@@ -28,6 +31,16 @@ RULE = """
     for which in OPTIONS:
         for case in small(steps=17, batch=29, inputs=3, hidden=65, bidirectional=True, layout="batch_first"):
             compare_apart(case, which, "BACKEND")
+    for case in small(steps=65, batch=17, inputs=17, hidden=33):
+        for part in ((65, 17, 1), (65, 1, 17), (1, 17, 17)):
+            results = []
+            for net in (module(case), module(case, torch.nn), module(case, torch.nn, torch.float64)):
+                input, hx = data(case, net.weight_ih_l0.dtype)
+                steps, batch, inputs = part
+                repeated = input.detach()[:steps, :batch, :inputs].expand_as(input).requires_grad_()
+                results.append(outputs_and_gradients(net, repeated, hx))
+            for name, value in results[0].items():
+                check(name, value, results[1][name], results[2][name])
 """
 
 

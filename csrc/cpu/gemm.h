@@ -54,16 +54,17 @@ class TileProducts {
 
   TileProducts(int64_t depth, int64_t columns) : block_(rounded_up(depth, kLanes) * rounded_up(columns, kLanes)) {}
 
-  // One that lies transposed stays so, but closer: k as far apart as they lie all go to the same part of L1.
+  // A transposed one is copied to [k][kRows]: as far apart as they lie, often a power of two, successive k would all go to
+  // the same sets of L1.
   void pack_panel(const Factor<T>& a, int64_t rows, int64_t depth) {
-    if (a.column == 1) {
+    packed_ = a.column != 1;
+    if (!packed_) {
       a_ = a.data;
       stride_ = a.row;
       return;
     }
     if (panel_.data() == nullptr) panel_ = Packing<T>(kDepth * kRows);
     a_ = panel_.data();
-    stride_ = 0;
     for (int64_t k = 0; k < depth; ++k) {
       for (int64_t r = 0; r < rows; r += kLanes) {
         load(a.from(r, k).data, rows - r).store(panel_.data() + k * kRows + r);
@@ -92,8 +93,9 @@ class TileProducts {
     }
   }
 
-  // c [rows, ldc] = or += panel * block. next: what is packed as a panel after this one. Pieces of rows far apart, which
-  // no processor reads ahead: the first tiles ask for one line of all of them each.
+  // c [rows, ldc] = or += panel * block. next: what is packed as a panel after this one, or what lies behind the matrix. A
+  // few lines at every k, far apart, which no processor reads ahead: the first tiles ask for one of them each at all k, the
+  // rest for the last, which there is where panels don't begin with a line.
   void multiply(int64_t rows, int64_t columns, int64_t depth, const Factor<T>& next, T* c, int64_t ldc,
                 bool add) const {
     constexpr int64_t kLine = 64 / sizeof(T), kLines = kRows / kLine;
@@ -107,14 +109,14 @@ class TileProducts {
         for (int r = 0; r < kTile; ++r) {
           for (int v = 0; v < vectors; ++v) __builtin_prefetch(to + r * ldc + v * kLanes, 1, 3);
         }
-        if (stride_ > 0) {
-          accumulate<kTile, kVectors>(vectors, sums, Packed<T>{block, block, 0}, {0, depth, false},
-                                      [&](int r) { return a_ + (tile.first + r) * stride_; });
-        } else {
+        if (packed_) {
           const Packed<T> packed{block, next.data + std::min(tile.index, kLines) * kLine, next.column};
           with_number<kVectors>(vectors, [&]<int kUsed>() {
             accumulate<kTile, kUsed>(sums, false, packed, Columns<kRows, T>{a_ + tile.first}, depth);
           });
+        } else {
+          accumulate<kTile, kVectors>(vectors, sums, Packed<T>{block, block, 0}, {0, depth, false},
+                                      [&](int r) { return a_ + (tile.first + r) * stride_; });
         }
         const int64_t count = std::min(kWidth, columns - j);
         for (int r = 0; r < kTile; ++r) store_sums(to + r * ldc, sums + r * vectors * kLanes, count, add);
@@ -124,8 +126,9 @@ class TileProducts {
 
  private:
   Packing<T> panel_, block_;  // [depth][kRows], if it is needed; see pack_block
-  const T* a_ = nullptr;  // the panel, or the factor itself: [rows, stride_]
-  int64_t stride_ = 0;  // 0 for the panel
+  bool packed_ = false;
+  const T* a_ = nullptr;  // the panel if packed, or the factor itself: [rows, stride_]
+  int64_t stride_ = 0;
 };
 
 // The same of float32 in two or three parts of bfloat16 (amx.h).

@@ -27,7 +27,8 @@ struct Scan {
 struct GemmSizes {
   int64_t m, n, k;
 };
-// Element (i, j) is data[i * row + j * column]; one of the two is one, or both are zero in a factor of equal elements.
+// Element (i, j) is data[i * row + j * column]; one of the two is one, and the other may be zero, where rows or columns
+// repeat themselves.
 template <class T>
 struct Factor {
   const T* data;
@@ -35,7 +36,7 @@ struct Factor {
 
   FASTRNN_INLINE Factor from(int64_t i, int64_t j) const { return {data + i * row + j * column, row, column}; }
 };
-// c [m, ldc] = or += a b on so many threads. Of equal elements a may be, if it is a row.
+// c [m, ldc] = or += a b on so many threads. Of a single row a, both strides may be zero.
 template <class T>
 using Multiply = void (*)(const GemmSizes&, const Factor<T>& a, const Factor<T>& b, T* c, int64_t ldc, bool add,
                           int threads);

@@ -353,7 +353,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     const auto sums_at = [&](int64_t block) { return sums_of(all + (block - range.begin) * of_block, count, block); };
     const bool natural = scan_.plan.recurrent == Recurrent::kNatural;
     with_number<kFewRows>(static_cast<int>(count), [&]<int kRows>() {
-      if (natural) {  // gate after gate, as they lie in memory
+      if (natural) {  // gate after gate, as they lie in memory; odd steps begin with the last of W_hh
         int done = 0;
         zigzag({0, kMatrixGates<kFused>}, s, [&](int64_t gate, int64_t) {
           const bool add = done++ >= kGates;
@@ -603,7 +603,8 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     }
   }
 
-  // The same of a gate, which is added to that of the other matrix unless they are apart.
+  // The same of a gate, of those of W_ih, if there are, and then W_hh. add: to what the other matrix has made of it, unless
+  // they are apart.
   template <bool kFused, int kRows>
   void natural_gate(const Row* rows, int64_t block, int gate, bool add, const Sums& sums) const {
     const bool of_input = kFused && gate < kGates;

@@ -52,9 +52,9 @@ void multiply(int parts, int threads, Tensor& sum, bool begun, const Tensor& a, 
   const auto lies_well = [](const Tensor& t) { return t.stride(0) == 1 || t.stride(1) == 1; };
   const auto factor = [](const Tensor& t) { return Factor<T>{t.const_data_ptr<T>(), t.stride(0), t.stride(1)}; };
   const bool in_parts = parts > 1 && worth_parts(sizes);
-  // of a vector nothing is used twice: there is nothing to pack
-  const bool vector = b.stride(1) == 1 && (sizes.m == 1 || sizes.k == 1);
-  const bool own = vector || (own_gemm() && sizes.m > 1 && sizes.n > 1);
+  // of a row times rows, or an outer product, nothing is used twice: there is nothing to pack
+  const bool as_it_lies = b.stride(1) == 1 && (sizes.m == 1 || sizes.k == 1);
+  const bool own = as_it_lies || (own_gemm() && sizes.m > 1 && sizes.n > 1);
   if (!lies_well(a) || !lies_well(b) || sum.stride(1) != 1 || !(in_parts || own)) {
     multiply_by_library(sum, begun, a, b);
     return;

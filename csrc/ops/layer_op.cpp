@@ -10,7 +10,6 @@
 #include <ATen/ops/mul.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/where.h>
-#include <ATen/ops/zero.h>
 #include <ATen/ops/zero_cpu_dispatch.h>
 
 #include <algorithm>
@@ -24,7 +23,7 @@ Tensor allocate(at::DimVector rows, int64_t last, const at::TensorOptions& optio
   return empty(rows, options);
 }
 
-// A view of a tensor, its first element `offset` behind that of t.
+// A view of a tensor, its first element `offset` behind that of t. Autograd does not see it: for kernels, below it.
 Tensor view_of(const Tensor& t, at::IntArrayRef sizes, at::IntArrayRef strides, int64_t offset) {
   const int64_t first = t.storage_offset() + offset;
   return t.is_cpu() ? at::cpu::as_strided(t, sizes, strides, first) : at::as_strided(t, sizes, strides, first);

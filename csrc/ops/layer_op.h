@@ -58,7 +58,7 @@ struct LayerResult {
 
 // Some rows of t; all of them are t itself, without a call of an op.
 Tensor rows_of(const Tensor& t, int64_t first, int64_t count);
-// The same of the columns of a matrix, and a matrix with its sides changed.
+// The same of the columns of a matrix, and its transpose.
 Tensor columns_of(const Tensor& t, int64_t first, int64_t count);
 Tensor transposed(const Tensor& t);
 // Zeros in the place of what it has, or in a new tensor.
