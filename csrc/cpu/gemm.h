@@ -322,11 +322,11 @@ void multiply_few_rows(const GemmSizes& sizes, const Factor<T>& a, const Factor<
 }
 
 // A row times a matrix whose own rows lie one after another: they are read once, in the order of memory but for a few
-// beside one another, which share the sums. Chunks of k have sums of their own, as those of tiles have.
+// beside one another, which share the sums.
 template <class T>
 void multiply_row(const GemmSizes& sizes, const Factor<T>& a, const Factor<T>& b, T* c, bool add, int threads) {
   constexpr int kTogether = 4, kLanes = Vec<T>::size();
-  constexpr int64_t kChunk = 192, kColumns = 4096 / sizeof(T);
+  constexpr int64_t kColumns = 4096 / sizeof(T);
   const auto part = [&](int64_t begin, int64_t end, int64_t) {
     alignas(64) T sums[kColumns];
     for (int64_t j = begin; j < end; j += kColumns) {
@@ -343,8 +343,8 @@ void multiply_row(const GemmSizes& sizes, const Factor<T>& a, const Factor<T>& b
           (begun ? Vec<T>::loadu(sums + v) + sum : sum).store(sums + v);
         }
       };
-      for (int64_t k = 0; k < sizes.k; k += kChunk) {
-        const int64_t last = std::min(k + kChunk, sizes.k);
+      for (int64_t k = 0; k < sizes.k; k += kTermsInTurn) {
+        const int64_t last = std::min(k + kTermsInTurn, sizes.k);
         int64_t row = k;
         for (; row + kTogether <= last; row += kTogether) add_rows.template operator()<kTogether>(row, row > k);
         for (; row < last; ++row) add_rows.template operator()<1>(row, row > k);

@@ -30,6 +30,10 @@ constexpr int64_t quotient(int64_t a, int64_t b) {
 // several, in fewer and longer turns (1.05 to 1.1, and where L1 does not hold the sums of all rows as well).
 inline constexpr int64_t kManyK = 256;
 
+// Terms of a sum that are added one after another; a longer sum is made of such ones, as every addition is rounded by the
+// size of the sum so far.
+inline constexpr int64_t kTermsInTurn = 192;
+
 // One of the tiles that rows are split into.
 struct RowTile {
   int64_t first;  // row
@@ -216,10 +220,9 @@ FASTRNN_INLINE void multiply(T* sums, bool add, const Packed<T>& packed, const A
 // them on the stack throughout.
 template <int kRows, int kVectors, int kPartials = partial_sums(kRows, kVectors), class T, class A>
 [[gnu::noinline]] void accumulate(T* sums, bool add, const Packed<T>& packed, const A& a, int64_t depth) {
-  constexpr int64_t kChunk = 192;
   int64_t begin = 0;
   do {
-    const int64_t end = std::min(begin + kChunk, depth);
+    const int64_t end = std::min(begin + kTermsInTurn, depth);
     multiply<kPartials, kRows, kVectors>(sums, add, packed, a, begin, end);
     begin = end;
     add = true;

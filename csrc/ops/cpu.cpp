@@ -1,7 +1,6 @@
 // The ops on the CPU: tensors to params, and the GEMMs around the scan.
 #include <ATen/Parallel.h>
 #include <ATen/ops/sum.h>
-#include <ATen/ops/zeros.h>
 #include <pthread.h>
 #include <torch/library.h>
 
@@ -177,7 +176,7 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList 
       p.w_ih = stored<T>(weights[l.w_ih(d)]);
       p.input = stored<T>(x);
     } else if (total > 0) {
-      Tensor projection = gates.select(0, d).view({total, columns}).narrow(1, 0, cell.gates * z.units);
+      Tensor projection = columns_of(gates.select(0, d).view({total, columns}), 0, cell.gates * z.units);
       multiply<T>(scan.plan.parts, threads(), projection, false, x.view({total, z.inputs}),
                   as<T>(weights[l.w_ih(d)]).t());
       if (scan.plan.recurrent == Recurrent::kProduct && p.h0 != nullptr) {
@@ -201,7 +200,7 @@ Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList 
 // order goes to row offset[t] + i, or without offsets to where its output is, less range.first.
 Tensor copy_previous(const Rows& rows, const StepRange& range, const int64_t* offset, const Tensor& output, int d,
                      const Tensor& h0, int64_t width) {
-  Tensor previous = at::zeros({range.rows, width}, output.options());
+  Tensor previous = zeros({range.rows, width}, output.options());
   const bool reverse = d == 1;
   const int64_t row_bytes = width * output.element_size(), stride = output.size(-1) * output.element_size();
   auto* to = static_cast<char*>(previous.mutable_data_ptr());
@@ -254,7 +253,7 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
     if (!valid) return to_type(rows_of(data, range.first, range.rows), product);
     if (dense) return data.index_select(0, places(range)).to(product);
     const Tensor kept = data.index_select(0, *valid).to(product);
-    return at::zeros(data.sizes(), kept.options()).index_copy_(0, *valid, kept);
+    return zeros(data.sizes(), kept.options()).index_copy_(0, *valid, kept);
   };
 
   Tensors factors(weights.size());
@@ -379,7 +378,7 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
       if (l.projected) {
         const Tensor saved = reserve.select(0, d).view({total, reserve_columns});
         gradients.add_projection(d, grad_projected[d].to(product),
-                                 select(saved.narrow(1, cell.saved * z.units, z.units), all));
+                                 select(columns_of(saved, cell.saved * z.units, z.units), all));
       }
     }
   }

@@ -39,6 +39,11 @@ inline void multiply_by_library(Tensor& sum, bool begun, const Tensor& a, const 
   }
 }
 
+template <class T>
+Factor<T> factor_of(const Tensor& matrix) {
+  return {matrix.const_data_ptr<T>(), matrix.stride(0), matrix.stride(1)};
+}
+
 // sum (+)= a b, of T, on so many threads: in so many parts of bfloat16, by the kernels' own product, or by the library's,
 // which chooses its threads itself.
 template <class T>
@@ -50,7 +55,6 @@ void multiply(int parts, int threads, Tensor& sum, bool begun, const Tensor& a, 
   }
   const GemmSizes sizes{a.size(0), b.size(1), a.size(1)};
   const auto lies_well = [](const Tensor& t) { return t.stride(0) == 1 || t.stride(1) == 1; };
-  const auto factor = [](const Tensor& t) { return Factor<T>{t.const_data_ptr<T>(), t.stride(0), t.stride(1)}; };
   const bool in_parts = parts > 1 && worth_parts(sizes);
   // of a row times rows, or an outer product, nothing is used twice: there is nothing to pack
   const bool as_it_lies = b.stride(1) == 1 && (sizes.m == 1 || sizes.k == 1);
@@ -63,20 +67,20 @@ void multiply(int parts, int threads, Tensor& sum, bool begun, const Tensor& a, 
   T* const c = sum.mutable_data_ptr<T>();
   if constexpr (std::is_same_v<T, float>) {
     if (in_parts) {
-      kernels.multiply_in_parts(bf16_products(), parts, sizes, factor(a), factor(b), c, sum.stride(0), begun, threads);
+      kernels.multiply_in_parts(bf16_products(), parts, sizes, factor_of<T>(a), factor_of<T>(b), c, sum.stride(0),
+                                begun, threads);
       return;
     }
   }
-  kernels.multiply<T>()(sizes, factor(a), factor(b), c, sum.stride(0), begun, threads);
+  kernels.multiply<T>()(sizes, factor_of<T>(a), factor_of<T>(b), c, sum.stride(0), begun, threads);
 }
 
 // sum (+)= the sum of all rows.
 template <class T>
 void add_rows(int threads, Tensor& sum, bool begun, const Tensor& rows) {
   constexpr T kOne = 1;
-  cpu_kernels().multiply<T>()({1, rows.size(1), rows.size(0)}, {&kOne, 0, 0},
-                              {rows.const_data_ptr<T>(), rows.stride(0), rows.stride(1)}, sum.mutable_data_ptr<T>(),
-                              sum.numel(), begun, threads);
+  cpu_kernels().multiply<T>()({1, rows.size(1), rows.size(0)}, {&kOne, 0, 0}, factor_of<T>(rows),
+                              sum.mutable_data_ptr<T>(), sum.numel(), begun, threads);
 }
 
 }  // namespace fastrnn

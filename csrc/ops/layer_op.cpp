@@ -36,6 +36,25 @@ int64_t width_of(const std::vector<Tensor>& parts) {
   return width;
 }
 
+// f(slice, part) for the rows of a sum that the columns of each part make.
+template <class F>
+void for_slices(const Tensor& sum, const std::vector<Tensor>& parts, const F& f) {
+  int64_t first = 0;
+  for (const Tensor& part : parts) {
+    Tensor slice = rows_of(sum, first, part.size(1));
+    f(slice, part);
+    first += part.size(1);
+  }
+}
+
+// The same of sums of every group, f(part) of each part: [groups, its columns, *].
+template <class F>
+Tensor of_groups(const std::vector<Tensor>& parts, const F& f) {
+  Tensors all;
+  for (const Tensor& part : parts) all.push_back(f(part));
+  return all.size() == 1 ? all[0] : at::cat(all, 1);
+}
+
 Tensor copy_of(const Tensor& t) {
   if (!t.is_cpu() || !t.is_contiguous()) return t.clone();
   const Tensor copy = empty(t.sizes(), t.options());
@@ -219,17 +238,14 @@ void LayerGradients::add_gates(Tensor& sum, bool begun, const Tensor& grad, cons
 void LayerGradients::add_outer(Tensor& sum, int64_t first, const std::vector<Tensor>& parts,
                                const std::vector<RowFactor>& factors) const {
   if (a_.groups > 0) {
-    Tensors all;
-    for (const Tensor& part : parts) all.push_back(at::bmm(grouped(part).transpose(1, 2), grouped(factors.at(0).x)));
-    sum = all.size() == 1 ? all[0] : at::cat(all, 1);
+    const Tensor x = grouped(factors.at(0).x);
+    sum = of_groups(parts, [&](const Tensor& part) { return at::bmm(grouped(part).transpose(1, 2), x); });
     return;
   }
   const bool add = sum.defined();
   if (!add) sum = allocate_sum(width_of(parts), factors.at(0).x.size(1), parts.at(0).options());
   // in place: for one step a copy or a sum of such matrices costs as much as the product
-  int64_t at = 0;
-  for (const Tensor& part : parts) {
-    Tensor slice = rows_of(sum, at, part.size(1));
+  for_slices(sum, parts, [&](Tensor& slice, const Tensor& part) {
     bool begun = add;
     for (const RowFactor& factor : factors) {
       const int64_t begin = std::max(first, factor.first);
@@ -239,8 +255,7 @@ void LayerGradients::add_outer(Tensor& sum, int64_t first, const std::vector<Ten
       begun = true;
     }
     if (!begun) set_zero(slice);
-    at += part.size(1);
-  }
+  });
 }
 
 Tensor LayerGradients::allocate_sum(int64_t rows, int64_t columns, const at::TensorOptions& options) const {
@@ -259,7 +274,7 @@ void LayerGradients::add_term(Tensor& slice, bool begun, const Tensor& grad, con
     const int64_t each = rows / sums, all = sums * each;
     add_parts(slice, begun, grad.narrow(0, 0, all).view({sums, each, grad.size(1)}).transpose(1, 2),
               x.narrow(0, 0, all).view({sums, each, x.size(1)}));
-    if (all < rows) products_.add(slice, true, grad.narrow(0, all, rows - all).t(), x.narrow(0, all, rows - all));
+    if (all < rows) products_.add(slice, true, transposed(rows_of(grad, all, rows - all)), rows_of(x, all, rows - all));
   } else {
     products_.add(slice, begun, transposed(grad), x);
   }
@@ -285,19 +300,12 @@ void LayerGradients::add_parts(Tensor& sum, bool begun, const Tensor& a, const T
 // sum += [rows, A] -> [A], or [groups, A]
 void LayerGradients::add_sum(Tensor& sum, const std::vector<Tensor>& parts) const {
   if (a_.groups > 0) {
-    Tensors all;
-    for (const Tensor& part : parts) all.push_back(grouped(part).sum(1));
-    sum = all.size() == 1 ? all[0] : at::cat(all, -1);
+    sum = of_groups(parts, [&](const Tensor& part) { return grouped(part).sum(1); });
     return;
   }
   const bool begun = sum.defined();
   if (!begun) sum = empty({width_of(parts)}, parts.at(0).options());
-  int64_t at = 0;
-  for (const Tensor& part : parts) {
-    Tensor slice = rows_of(sum, at, part.size(1));
-    products_.sum(slice, begun, part);
-    at += part.size(1);
-  }
+  for_slices(sum, parts, [&](Tensor& slice, const Tensor& part) { products_.sum(slice, begun, part); });
 }
 
 Tensor LayerGradients::grouped(const Tensor& all) const {
