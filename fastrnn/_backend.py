@@ -150,6 +150,16 @@ def native_layer(cell: str, *arguments: Any) -> list[Tensor]:
     return layer_ops[cell](*arguments, False)[:-1]  # but the reserve
 
 
+def native_stack(cell: str, *arguments: Any) -> list[Tensor] | None:
+    """All layers of a stack of one direction beside one another: output and final states.
+
+    None where they have to be called one after another: where that is faster, where something watches, and where more
+    is asked for than these results.
+    """
+    assert native is not None
+    return None if torch.compiler.is_compiling() else native.stacks[cell](*arguments)
+
+
 def python_layer(
     cell: str,
     input: Tensor,

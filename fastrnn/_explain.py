@@ -131,7 +131,9 @@ def _dtype_of_call(data: Tensor) -> torch.dtype:
 
 
 def _plans(module: Any, cell: str, input: Any, data: Tensor, lengths: Tensor | None) -> list[str]:
-    """One line for the first layer, and one for the others where they differ in their input."""
+    """One line for the first layer, and one for the others where they differ in their input; before them, how the
+    layers follow one another where that is not in turn.
+    """
     assert _backend.native is not None
     steps, batch, ragged = 1, 1, False
     if isinstance(input, PackedSequence):
@@ -150,9 +152,21 @@ def _plans(module: Any, cell: str, input: Any, data: Tensor, lengths: Tensor | N
     directions = 2 if getattr(module, "bidirectional", False) else 1
     training = torch.is_grad_enabled() and (data.requires_grad or any(p.requires_grad for p in module.parameters()))
     shapes = {"layer 0": module.input_size}
-    if getattr(module, "num_layers", 1) > 1:
+    layers = getattr(module, "num_layers", 1)
+    if layers > 1:
         shapes["the layers above"] = directions * (proj_size or module.hidden_size)
-    lines = []
+    dtype = str(_dtype_of_call(data)).removeprefix("torch.")
+    threads = torch.get_num_threads()
+    plain = not training and not torch.is_autocast_enabled("cpu") and not (module.training and module.dropout > 0)
+    beside = (
+        directions == 1
+        and layers > 1
+        and plain
+        and _backend.native.side_by_side(
+            cell, layers, steps, batch, module.input_size, module.hidden_size, proj_size, dtype, threads, ragged
+        )
+    )
+    lines = ["the layers beside one another, each on a thread some steps behind the one below"] if beside else []
     for which, input_size in shapes.items():
         plan = _backend.native.plan(
             cell,
@@ -162,10 +176,11 @@ def _plans(module: Any, cell: str, input: Any, data: Tensor, lengths: Tensor | N
             module.hidden_size,
             proj_size,
             directions,
-            str(_dtype_of_call(data)).removeprefix("torch."),
+            dtype,
             training,
-            torch.get_num_threads(),
+            1 if beside else threads,
             ragged=ragged,
+            beside=beside,
         )
         lines.append(f"{which}: forward {_words(plan, '')}")
         if training:
@@ -185,4 +200,6 @@ def _words(plan: dict[str, Any], prefix: str) -> str:
         words.append(_PARTS[parts])
     if plan.get(f"{prefix}fused_input"):
         words.append("the input multiplied along with them")
+    elif ahead := plan.get(f"{prefix}ahead"):
+        words.append(f"the input multiplied {ahead} steps at a time")
     return ", ".join(words)

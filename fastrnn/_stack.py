@@ -75,6 +75,13 @@ def stack(
         steps = [[result[0], *result[1 + count : 2 * count]]] if need_steps else []
         return result[0], result[1 : 1 + count], steps
 
+    dropout = dropout if training else 0.0
+    if route == "native" and not (bidirectional or dropout or need_steps):
+        at_once = _backend.native_stack(
+            cell, num_layers, input, states, weights, lengths, reset, batch_sizes, batch_first
+        )
+        if at_once is not None:
+            return at_once[0], at_once[1:], []
     by_layer = _split_states(states, num_layers, directions) if states else [[]] * num_layers
     finals, steps = [], []
     for index in range(num_layers):
@@ -84,7 +91,7 @@ def stack(
         finals.append(result[1 : 1 + count])
         if need_steps:
             steps.append([input, *result[1 + count : 2 * count]])
-        if dropout and training and index < num_layers - 1:
+        if dropout and index < num_layers - 1:
             input = _dropout(input, dropout, transposed=batch_first and batch_sizes is None)
     return input, [torch.cat(parts) for parts in zip(*finals, strict=True)], steps
 

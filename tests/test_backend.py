@@ -175,7 +175,8 @@ def test_explain_asks_for_the_plan_that_runs(native, monkeypatch):
         cpu_capability = staticmethod(native.cpu_capability)
 
         @staticmethod
-        def plan(cell, *sizes, ragged):
+        def plan(cell, *sizes, ragged, beside):
+            assert not beside
             asked.append((sizes[-3], ragged))
             return {"recurrent": "packed", "fused_input": True, "threads": 1, "shard": "none"}
 

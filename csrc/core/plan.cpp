@@ -23,6 +23,8 @@ constexpr int64_t kOwnRows = 16;  // of a member, from which it uses the weights
 constexpr int64_t kFusedRows = 5, kFusedRowsFullL2 = 12, kFusedRowsBeyondL2 = 32;
 constexpr int64_t kBf16Rows = 4;  // fewer make no use of a matrix unit
 constexpr int64_t kNarrowInput = 8;  // fewer columns than a GEMM is good for
+constexpr int64_t kRowsAhead = 12;  // of an input that a scan multiplies some steps at a time: whole tiles, soon there
+constexpr int64_t kStepsBeside = 16;  // fewer are over before the last layer of a stack has begun
 constexpr int64_t kUnitsPerShare = 16;  // what a member must get of the units to be of use
 
 int64_t weight_bytes(const CpuProblem& p) {
@@ -58,17 +60,22 @@ bool pays_in_parts(const CpuProblem& p) {
   return p.parts == 2 || 5 * p.batch >= 4 * tiles * kTile;
 }
 
+// A step of one direction on one thread, which multiplies so many inputs and outputs with all gates.
+double step_microseconds(const CpuProblem& p, int64_t inputs, int64_t outputs) {
+  const LayerShape& s = p.shape;
+  const int64_t terms = p.gates * (inputs + outputs) + (s.projected ? s.outputs : 0);
+  return 2.0 * static_cast<double>(p.batch * s.units * terms) / kFlopsPerMicrosecond +
+         0.002 * static_cast<double>(p.batch * s.units * p.gates) / 4;  // the cell itself
+}
+
+double barriers_microseconds(const CpuProblem& p) { return kBarrierMicroseconds * (p.shape.projected ? 2 : 1); }
+
 void share_work(const CpuProblem& p, const CpuMachine& machine, CpuPlan& plan) {
   const LayerShape& s = p.shape;
   const int threads = machine.threads;
   if (threads <= 1) return;
   const bool dots = plan.recurrent == Recurrent::kNatural && plan.fused_input;
-  const double inputs = dots ? static_cast<double>(s.inputs) : 0;
-  double step = 2.0 * static_cast<double>(p.batch * s.units) *
-                (p.gates * (inputs + (plan.recurrent == Recurrent::kProduct ? 0.0 : static_cast<double>(s.outputs))) +
-                 (s.projected ? static_cast<double>(s.outputs) : 0.0)) /
-                kFlopsPerMicrosecond;
-  step += 0.002 * static_cast<double>(p.batch * s.units * p.gates) / 4;  // the cell itself
+  const double step = step_microseconds(p, dots ? s.inputs : 0, plan.recurrent == Recurrent::kProduct ? 0 : s.outputs);
   const double alone = step * static_cast<double>(p.steps * p.directions);
   if (alone < 2 * kRegionMicroseconds) return;
 
@@ -80,8 +87,7 @@ void share_work(const CpuProblem& p, const CpuMachine& machine, CpuPlan& plan) {
   const bool enough_rows = p.batch >= per_direction * kOwnRows;
   const bool weights_fit = bytes_in_parts(p, plan.parts) <= machine.l2_bytes / 2;
   const int unit_shares = static_cast<int>(std::min<int64_t>(per_direction, s.units / kUnitsPerShare));
-  const double barriers = kBarrierMicroseconds * (s.projected ? 2 : 1);
-  const bool units_pay = unit_shares > 1 && step / unit_shares + barriers < 0.9 * step;
+  const bool units_pay = unit_shares > 1 && step / unit_shares + barriers_microseconds(p) < 0.9 * step;
   // Rows of unequal length would leave members of a shared batch idle.
   const bool batch_pays = p.batch >= per_direction && !p.ragged && !(units_pay && !(enough_rows && weights_fit));
   if (batch_pays) {
@@ -114,7 +120,7 @@ CpuPlan plan_cpu(const CpuProblem& p, const CpuMachine& machine) {
     if (machine.parts && p.parts > 0 && pays_in_parts(p)) plan.parts = p.parts;
   }
   if (!p.backward && plan.parts == 0) {
-    if (reads_as_stored(p, machine)) {
+    if (!p.beside && reads_as_stored(p, machine)) {
       plan.recurrent = Recurrent::kNatural;
       const int64_t steps = p.weight_size < p.element_size ? kNaturalInputsOf16Bit : 1;
       plan.fused_input = p.steps <= steps || weight_bytes(p) <= machine.l2_bytes;
@@ -127,7 +133,7 @@ CpuPlan plan_cpu(const CpuProblem& p, const CpuMachine& machine) {
     // rounded, both are one product; in parts a GEMM ahead is as fast, and worth a buffer unless half of L2 has room for
     // the weights
     const int64_t bytes = bytes_in_parts(p, plan.parts) / (plan.shard_units ? plan.threads / p.directions : 1);
-    plan.fused_input = !p.backward && (plan.parts == 1 || bytes <= machine.l2_bytes / 2);
+    plan.fused_input = !p.backward && (p.beside || plan.parts == 1 || bytes <= machine.l2_bytes / 2);
   } else if (!p.backward && plan.recurrent == Recurrent::kPacked) {
     const int members = std::max(1, plan.threads / p.directions);
     const int64_t rows = p.batch / (plan.shard_units ? 1 : members);
@@ -138,9 +144,38 @@ CpuPlan plan_cpu(const CpuProblem& p, const CpuMachine& machine) {
                            : bytes <= machine.l2_bytes   ? kFusedRowsFullL2
                                                          : std::max(kFusedRowsFullL2, beyond_l2);
     plan.fused_input = rows >= enough || (p.shape.inputs <= kNarrowInput && p.batch > 1);
+    const bool narrow = p.weight_size < p.element_size;  // of 16 bits, an input is converted before it is multiplied
+    if (p.beside && (narrow || !plan.fused_input)) {
+      plan.fused_input = false;
+      plan.ahead = (kRowsAhead + p.batch - 1) / std::max<int64_t>(1, p.batch);
+    }
   }
   plan.window = choose_window(p, machine, plan);
   return plan;
+}
+
+bool side_by_side(const CpuProblem& first, const CpuProblem& above, int64_t layers, const CpuMachine& machine) {
+  const int64_t threads = std::min<int64_t>(machine.threads, layers);
+  // Shared between two threads, weights that fill L2 fit in the L2s of both.
+  const bool fit = std::max(weight_bytes(first), weight_bytes(above)) <= machine.l2_bytes;
+  if (threads < 2 || first.directions > 1 || first.steps < kStepsBeside || !fit) return false;
+  // a whole tile's rate, as the work is beside the barriers that it saves; whoever waits at each may wait longer
+  const auto alone = [](const CpuProblem& p) { return step_microseconds(p, p.shape.inputs, p.shape.outputs) / 2; };
+  const auto shared = [&](const CpuProblem& p) {
+    const CpuPlan plan = plan_cpu(p, machine);
+    if (plan.shard_units) return alone(p) / plan.threads * 1.05 + barriers_microseconds(p);
+    const int64_t rows = (p.batch + plan.threads - 1) / plan.threads;  // of whoever has most
+    return alone(p) * static_cast<double>(rows) / static_cast<double>(std::max<int64_t>(1, p.batch));
+  };
+  const auto times = [](int64_t count, double each) { return static_cast<double>(count) * each; };
+  const int64_t of_first = (layers + threads - 1) / threads, of_second = (layers + threads - 2) / threads;
+  CpuProblem beside = above;
+  beside.beside = true;
+  const int64_t behind = (threads - 1) * std::max(kStepsTogether, plan_cpu(beside, machine).ahead);
+  const double at_once = std::max(alone(first) + times(of_first - 1, alone(above)), times(of_second, alone(above)));
+  const double in_turn = shared(first) + times(layers - 1, shared(above));
+  return times(first.steps, at_once) >= kRegionMicroseconds &&
+         times(first.steps + behind, at_once) < times(first.steps, in_turn);
 }
 
 }  // namespace fastrnn

@@ -11,6 +11,8 @@
 
 namespace fastrnn {
 
+class Progress;
+
 struct Scan {
   CellKind kind;
   LayerShape shape;
@@ -21,6 +23,10 @@ struct Scan {
   // the same scratch memory.
   int64_t first_visit = 0, end_visit = std::numeric_limits<int64_t>::max();
   const Bf16Products* bf16 = nullptr;  // what a plan with parts multiplies with
+  // Of a layer beside others of its stack, on one thread: that of the layer below, whose output is the input, and its
+  // own, for the layer above. Null: all of the input is there, or nobody waits.
+  const Progress* below = nullptr;
+  Progress* progress = nullptr;
 };
 
 // A product c [m, n] = a b of matrices.

@@ -47,9 +47,20 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     bool cut;  // of those: the next step begins anew, with zeros
   };
 
+  // A row of some step, whose input is multiplied ahead of it.
+  struct RowAhead {
+    const T* input;  // [I]
+    T* gates;  // [G*H]
+  };
+
   struct Scratch {
     // Fused input: the rows of W_ih, then those of W_hh; or pairs of them. The last block has vectors_of() vectors.
     T* packed;  // [blocks][depth()][kVectors][lanes]
+    // Input ahead: the rows of W_ih.
+    T* packed_input;  // [blocks][I][kVectors][lanes]
+    T* projections;  // [rows_ahead(), G*H] of the steps that the input is multiplied for
+    RowAhead* ahead;  // [members][rows_ahead()]
+    T* converted;  // [members][rows_ahead(), whole_inputs()] their inputs, where those have 16 bits
     Operands operands;  // products of bfloat16 only: x and h, each of its operand_width
     T* partial;  // [members][sums_of_member()] sums of rows, each of kPartial: of a block, or of few rows those of all
     T* projection;  // [blocks of P][H][kOutputVectors][lanes]
@@ -79,6 +90,11 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       s.operands = Operands(batch, input_width(scan) + operand_width(scan, shape.outputs), scan.plan);
       s.operands.take(arena);
     }
+    const int64_t ahead = rows_ahead(scan);
+    s.packed_input = arena.take<T>(ahead > 0 ? blocks(shape.units, kUnits) * shape.inputs * kWidth : 0);
+    s.projections = arena.take<T>(ahead * kGates * shape.units);
+    s.ahead = arena.take<RowAhead>(scan.plan.threads * ahead);
+    s.converted = arena.take<T>(scan.plan.threads * ahead * whole_inputs(scan));
     s.partial = arena.take<T>(scan.plan.threads * sums_of_member(scan, s.operands));
     s.projection = arena.take<T>(shape.projected && packed ? blocks(shape.outputs, kOutputs) * shape.units * kOutputs
                                                            : 0);
@@ -91,9 +107,12 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
 
   static int64_t sums_of_member(const Scan& scan, const Operands& operands) {
     const int64_t of_few = std::min<int64_t>(scan.rows.batch, kFewRows) * blocks(scan.shape.units, kUnits);
-    return std::max({scan.rows.batch, operands.rows(), of_few}) * kPartial;
+    return std::max({scan.rows.batch, rows_ahead(scan), operands.rows(), of_few}) * kPartial;
   }
   T* sums_of_member() const { return s_.partial + place_.member * sums_of_member(scan_, s_.operands); }
+
+  static int64_t rows_ahead(const Scan& scan) { return scan.plan.ahead * scan.rows.batch; }
+  static int64_t whole_inputs(const Scan& scan) { return rounded_up(scan.shape.inputs, kLanes); }
 
   // Of the input as part of an operand.
   static int64_t input_width(const Scan& scan) {
@@ -125,6 +144,8 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     Row* rows = s_.rows + place_.member * rows_.batch;
     for (int64_t s = 0; s < rows_.steps; ++s) {
       const int64_t t = p_.reverse ? rows_.steps - 1 - s : s;
+      if (scan_.plan.ahead > 0 && s % scan_.plan.ahead == 0) multiply_ahead(s);
+      if (scan_.plan.fused_input) await_input(s);
       const int64_t count = find_rows(t, s, rows);
       if constexpr (kHasPairs) {
         if (scan_.plan.parts > 0 && s + 1 < rows_.steps) gather_input(s + 1);
@@ -137,8 +158,17 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
         }
       }
       place_.wait_for_units();
+      if (scan_.progress != nullptr) tell_progress(s + 1);
     }
     if (scan_.plan.parts > 0) scan_.bf16->release();
+  }
+
+  // Of a layer beside others of its stack.
+  void await_input(int64_t s) const {
+    if (scan_.below != nullptr) scan_.below->wait_for(std::min(rounded_up(s + 1, kStepsTogether), rows_.steps));
+  }
+  void tell_progress(int64_t steps) const {
+    if (steps % kStepsTogether == 0 || steps == rows_.steps) scan_.progress->reach(steps);
   }
 
   // Packs this member's part of the weights, and gives rows without a single step their final state.
@@ -154,19 +184,12 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
             continue;
           }
         }
-        const int vectors = vectors_of(b);
-        const auto pack = [&](const Stored<T>& matrix, int64_t depth) {
-          with_stored(matrix, [&](const auto* w) {
-            if (vectors == kVectors) {
-              pack_transposed<kGates, kUnitVectors, AsStored<T>>(w, shape_.units, depth, b, block);
-            } else {
-              pack_narrow<kGates>(w, shape_.units, depth, b * kUnits, vectors, block);
-            }
-          });
-          block += depth * vectors * kLanes;
-        };
-        if (scan_.plan.fused_input) pack(p_.w_ih, shape_.inputs);
-        pack(p_.w_hh, shape_.outputs);
+        if (scan_.plan.ahead > 0) pack(p_.w_ih, shape_.inputs, b, s_.packed_input + b * shape_.inputs * kWidth);
+        if (scan_.plan.fused_input) {
+          pack(p_.w_ih, shape_.inputs, b, block);
+          block += shape_.inputs * vectors_of(b) * kLanes;
+        }
+        pack(p_.w_hh, shape_.outputs, b, block);
       }
       if (Cell::kProjects && shape_.projected) {
         const Range outputs = share(output_blocks(), place_.member, place_.members);
@@ -192,6 +215,18 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       copy_or_zero(p_.h_n + n * shape_.outputs, p_.h0, n, shape_.outputs);
       if (kState == ElementState::kCell) copy_or_zero(p_.c_n + n * shape_.units, p_.c0, n, shape_.units);
     }
+  }
+
+  // Block b of a matrix [G*H, depth].
+  void pack(const Stored<T>& matrix, int64_t depth, int64_t b, T* block) const {
+    const int vectors = vectors_of(b);
+    with_stored(matrix, [&](const auto* w) {
+      if (vectors == kVectors) {
+        pack_transposed<kGates, kUnitVectors, AsStored<T>>(w, shape_.units, depth, b, block);
+      } else {
+        pack_narrow<kGates>(w, shape_.units, depth, b * kUnits, vectors, block);
+      }
+    });
   }
 
   void pack_pairs(int64_t b, T* block) const {
@@ -232,6 +267,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   // The input of step s as operands: this member's rows, or its part of those that it shares.
   void gather_input(int64_t s) const {
     if (!scan_.plan.fused_input) return;
+    await_input(s);
     const int64_t t = p_.reverse ? rows_.steps - 1 - s : s;
     const Range range = share(rows_.batch, place_.member, place_.members);
     const int64_t end = std::min(range.end, rows_.active[t]);
@@ -255,7 +291,8 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
     const T* now = s_.h + (s % 2) * rows_.batch * outputs;
     T* next = s_.h + (1 - s % 2) * rows_.batch * outputs;
     const int64_t after = p_.reverse ? t - 1 : t + 1;
-    const auto* input = static_cast<const T*>(scan_.plan.parts > 0 ? nullptr : p_.input.data);
+    const bool fused = scan_.plan.fused_input && scan_.plan.parts == 0;
+    const auto* input = fused ? static_cast<const T*>(p_.input.data) : nullptr;
     const bool follows = s + 1 < rows_.steps;
     // Of less than a vector a row costs more to ask for than to wait for; more than this would push weights out of L2.
     constexpr int64_t kMostBytes = 128 << 10;
@@ -267,7 +304,9 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       const bool flows = sequence.flows(t, p_.reverse), enters = sequence.enters(t, p_.reverse);
       Row& r = rows[i - range.begin];
       r.h = flows ? now + n * outputs : enters && p_.h0 != nullptr ? p_.h0 + n * outputs : s_.zeros;
-      r.gates = p_.gates == nullptr ? nullptr : p_.gates + row * p_.gates_stride;
+      r.gates = scan_.plan.ahead > 0  ? gates_ahead(s, i)
+                : p_.gates == nullptr ? nullptr
+                                      : p_.gates + row * p_.gates_stride;
       r.input = input == nullptr ? nullptr : input + row * shape_.inputs;
       if (ahead && i < rows_.active[after]) prefetch_input(input + rows_.row(after, n) * shape_.inputs);
       r.product = p_.product == nullptr || !enters ? nullptr : p_.product + n * kGates * units;
@@ -295,6 +334,56 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
   // Asks for what the next step multiplies: a step is long enough for it to arrive.
   FASTRNN_INLINE void prefetch_input(const T* x) const {
     for (int64_t k = 0; k < shape_.inputs; k += kLanes) __builtin_prefetch(x + k, 0, 2);
+  }
+
+  // The input projection of row i, in the order of the scan, of step s.
+  T* gates_ahead(int64_t s, int64_t i) const {
+    return s_.projections + (s % scan_.plan.ahead * rows_.batch + i) * kGates * shape_.units;
+  }
+
+  // The input projections of the steps from s on, so many as are multiplied ahead: of this member's rows or units, which
+  // no other reads.
+  void multiply_ahead(int64_t s) const {
+    const int64_t end = std::min(s + scan_.plan.ahead, rows_.steps), count_of_all = rows_ahead(scan_);
+    await_input(end - 1);
+    const Range range = place_.rows(rows_.batch);
+    RowAhead* const rows = s_.ahead + place_.member * count_of_all;
+    T* converted = s_.converted + place_.member * count_of_all * whole_inputs(scan_);
+    int64_t count = 0;
+    with_stored(p_.input, [&](const auto* input) {
+      for (int64_t of = s; of < end; ++of) {
+        const int64_t t = p_.reverse ? rows_.steps - 1 - of : of, active = std::min(range.end, rows_.active[t]);
+        for (int64_t i = range.begin; i < active; ++i) {
+          const auto* x = input + rows_.row(t, rows_.order[i]) * shape_.inputs;
+          if constexpr (std::is_same_v<decltype(x), const T*>) {
+            rows[count++] = {x, gates_ahead(of, i)};
+          } else {
+            AsStored<T>::copy(x, shape_.inputs, converted);
+            rows[count++] = {converted, gates_ahead(of, i)};
+            converted += whole_inputs(scan_);
+          }
+        }
+      }
+    });
+    zigzag(place_.blocks(unit_blocks()), s / scan_.plan.ahead, [&](int64_t block, int64_t next) {
+      const Sums sums = sums_of(sums_of_member(), count, block);
+      with_vectors<kVectors>(vectors_of(block), [&](auto vectors) {
+        for_chunks<kWidth * sizeof(T)>(shape_.inputs, [&](const Chunk& chunk) {
+          const auto weights = packed_chunk<kVectors>(s_.packed_input, shape_.inputs, block, vectors, next, chunk);
+          for_row_tiles<kTileRows>(count, [&]<int kRows>(RowTile tile) {
+            accumulate<kRows, kVectors>(vectors, sums.from(tile.first).sums, weights.template of<kVectors>(tile),
+                                        {chunk.begin, chunk.depth(), !chunk.first},
+                                        [&](int r) { return rows[tile.first + r].input; });
+          });
+        });
+      });
+      for (int64_t r = 0; r < count; ++r) {
+        for (int g = 0; g < kGates; ++g) {
+          store_sums(rows[r].gates + g * shape_.units + block * kUnits, sums.from(r).sums + g * sums.gate_stride,
+                     units_of(block), false);
+        }
+      }
+    });
   }
 
   // What cells are applied to.

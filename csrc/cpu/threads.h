@@ -50,6 +50,18 @@ class alignas(128) Barrier {
   alignas(128) std::atomic<int> phase_{0};
 };
 
+// How many steps a scan has left behind it, for one that reads what they leave.
+class alignas(128) Progress {
+ public:
+  void reach(int64_t steps) { steps_.store(steps, std::memory_order_release); }
+  void wait_for(int64_t steps) const {
+    spin_until([&] { return steps_.load(std::memory_order_acquire) >= steps; });
+  }
+
+ private:
+  std::atomic<int64_t> steps_{0};
+};
+
 // Calls body(member, members) once per member. Members may wait for each other, so they must run at the same time, and
 // at::parallel_for does not promise that: it may hand several ranges to one thread. So the ranges gather first, and those
 // that came are the team. Under OpenMP every range has begun once one has; a thread pool may run them one after the

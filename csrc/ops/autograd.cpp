@@ -1,14 +1,13 @@
 // Autograd and autocast, once for all cells. The nodes are written by hand, as torch's own generated code is: an
 // autograd::Function refuses torch.func, register_autograd drops forward-mode tangents.
+#include "ops/autograd.h"
+
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
-
-#include <algorithm>
 
 #include "ops/checks.h"
 
@@ -57,15 +56,6 @@ Mask as_mask(const std::vector<bool>& values) {
   mask.reserve(values.size());
   for (const bool value : values) mask.push_back(value);
   return mask;
-}
-
-bool any_requires_grad(TensorList tensors) {
-  return ag::GradMode::is_enabled() &&
-         std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.defined() && t.requires_grad(); });
-}
-
-bool any_has_tangent(TensorList tensors) {
-  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return ag::isFwGradDefined(t); });
 }
 
 // What both nodes keep: everything that they need to call an op with the arguments of the layer once more.

@@ -40,8 +40,8 @@ py::dict build_info() {
   return info;
 }
 
-py::dict plan(const std::string& cell, int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size,
-              int64_t proj_size, int directions, const std::string& dtype, bool training, int threads, bool ragged) {
+CpuProblem layer_problem(const std::string& cell, int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size,
+                         int64_t proj_size, int directions, const std::string& dtype, bool ragged) {
   const bool projected = proj_size > 0;
   CpuProblem problem{
       .steps = steps,
@@ -49,7 +49,6 @@ py::dict plan(const std::string& cell, int64_t steps, int64_t batch, int64_t inp
       .shape = {input_size, hidden_size, projected ? proj_size : hidden_size, projected},
       .directions = directions,
       .ragged = ragged,
-      .backward = false,
   };
   const std::map<std::string, Storage> storages{{"float32", Storage::kFloat},
                                                 {"float64", Storage::kDouble},
@@ -58,6 +57,23 @@ py::dict plan(const std::string& cell, int64_t steps, int64_t batch, int64_t inp
   const auto storage = storages.find(dtype);
   if (storage == storages.end()) throw std::invalid_argument("no such dtype: " + dtype);
   describe(kind_of(cell), storage->second, problem);
+  return problem;
+}
+
+bool plans_side_by_side(const std::string& cell, int64_t layers, int64_t steps, int64_t batch, int64_t input_size,
+                        int64_t hidden_size, int64_t proj_size, const std::string& dtype, int threads, bool ragged) {
+  const auto problem = [&](int64_t inputs) {
+    return layer_problem(cell, steps, batch, inputs, hidden_size, proj_size, 1, dtype, ragged);
+  };
+  return side_by_side(problem(input_size), problem(proj_size > 0 ? proj_size : hidden_size), layers,
+                      cpu_machine(threads));
+}
+
+py::dict plan(const std::string& cell, int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size,
+              int64_t proj_size, int directions, const std::string& dtype, bool training, int threads, bool ragged,
+              bool beside) {
+  CpuProblem problem = layer_problem(cell, steps, batch, input_size, hidden_size, proj_size, directions, dtype, ragged);
+  problem.beside = beside;
   const CpuMachine machine = cpu_machine(threads);
   const CpuPlan forward = plan_cpu(problem, machine);
   py::dict result;
@@ -65,6 +81,7 @@ py::dict plan(const std::string& cell, int64_t steps, int64_t batch, int64_t inp
                         : forward.recurrent == Recurrent::kNatural ? "natural"
                                                                    : "product";
   result["fused_input"] = forward.fused_input;
+  result["ahead"] = forward.ahead;
   result["parts"] = forward.parts;
   result["threads"] = forward.threads;
   result["shard"] = forward.threads <= directions ? "none" : forward.shard_units ? "units" : "batch";
@@ -157,7 +174,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cpu_parts", [] { return cpu_machine(1).parts ? bf16_products().name : "none"; });
   m.def("plan", &plan, py::arg("cell"), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("directions") = 1, py::arg("dtype") = "float32",
-        py::arg("training") = false, py::arg("threads") = 1, py::arg("ragged") = false);
+        py::arg("training") = false, py::arg("threads") = 1, py::arg("ragged") = false, py::arg("beside") = false);
+  m.def("side_by_side", &plans_side_by_side, "Whether the layers of a stack would run beside one another.",
+        py::arg("cell"), py::arg("layers"), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
+        py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("dtype") = "float32", py::arg("threads") = 1,
+        py::arg("ragged") = false);
   bind_layers(m);
   bind_streaming(m);
   m.def("cuda_plans", &cuda_plans,

@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "ops/cpu_stack.h"
 #include "ops/ops.h"
 
 namespace py = pybind11;
@@ -41,31 +42,56 @@ bool read(py::handle object, Tensors& to) {
   return true;
 }
 
+struct Arguments {
+  Tensor input;
+  Tensors hx, weights;
+  OptionalTensor lengths, reset, batch_sizes;
+
+  // False if the call has to go by torch.ops.
+  bool read(py::handle x, py::handle states, py::handle w, py::handle l, py::handle r, py::handle b) {
+    return !watched() && fastrnn::read(x, input) && fastrnn::read(states, hx) && fastrnn::read(w, weights) &&
+           fastrnn::read(l, lengths) && fastrnn::read(r, reset) && fastrnn::read(b, batch_sizes);
+  }
+};
+
 // The results but for the reserve, or None where the call has to go by torch.ops.
 template <CellKind kind>
 std::optional<Tensors> layer(py::handle input, py::handle hx, py::handle weights, py::handle lengths, py::handle reset,
                              py::handle batch_sizes, bool bidirectional, bool batch_first, bool need_steps) {
-  Tensor x;
-  Tensors states, w;
-  OptionalTensor rows[3];
-  const bool plain = !watched() && read(input, x) && read(hx, states) && read(weights, w) && read(lengths, rows[0]) &&
-                     read(reset, rows[1]) && read(batch_sizes, rows[2]);
-  if (!plain) return std::nullopt;
+  Arguments a;
+  if (!a.read(input, hx, weights, lengths, reset, batch_sizes)) return std::nullopt;
   py::gil_scoped_release no_gil;
-  Tensors results = layer_op(kind).call(x, states, w, rows[0], rows[1], rows[2], bidirectional, batch_first, need_steps,
-                                        /*need_reserve=*/false);
+  Tensors results = layer_op(kind).call(a.input, a.hx, a.weights, a.lengths, a.reset, a.batch_sizes, bidirectional,
+                                        batch_first, need_steps, /*need_reserve=*/false);
   results.pop_back();
   return results;
+}
+
+// All layers of a stack at once, or None where they have to be called one after another.
+template <CellKind kind>
+std::optional<Tensors> stack(int64_t layers, py::handle input, py::handle hx, py::handle weights, py::handle lengths,
+                             py::handle reset, py::handle batch_sizes, bool batch_first) {
+  Arguments a;
+  if (!a.read(input, hx, weights, lengths, reset, batch_sizes)) return std::nullopt;
+  py::gil_scoped_release no_gil;
+  return layers_side_by_side(kind, layers, a.input, a.hx, a.weights, a.lengths, a.reset, a.batch_sizes, batch_first);
+}
+
+template <class Function>
+void bind(py::dict& by_cell, CellKind kind, Function* function) {
+  by_cell[name_of(kind)] = py::cpp_function(torch::wrap_pybind_function(function), py::name(name_of(kind)));
 }
 
 }  // namespace
 
 void bind_layers(py::module_& m) {
-  py::dict layers;
+  py::dict layers, stacks;
   for_each_cell([&]<CellKind kind>() {
-    layers[name_of(kind)] = py::cpp_function(torch::wrap_pybind_function(layer<kind>), py::name(name_of(kind)));
+    bind(layers, kind, layer<kind>);
+    bind(stacks, kind, stack<kind>);
   });
   m.attr("layers") = layers;
+  m.attr("stacks") = stacks;
 }
 
 }  // namespace fastrnn

@@ -1,10 +1,21 @@
 #include "ops/cpu_plan.h"
 
 #include <ATen/Context.h>
+#include <ATen/Parallel.h>
+#include <pthread.h>
 
-#include "cpu/kernels.h"
+#include <atomic>
 
 namespace fastrnn {
+namespace {
+
+// Threads of OpenMP do not survive a fork: a child that calls them would wait forever.
+std::atomic<bool> forked{false};
+[[maybe_unused]] const int kForkHandler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+}  // namespace
+
+int cpu_threads() { return at::in_parallel_region() || forked ? 1 : at::get_num_threads(); }
 
 CpuMachine cpu_machine(int threads) {
   const Bf16Products& products = bf16_products();
@@ -34,6 +45,26 @@ void describe(CellKind kind, Storage storage, CpuProblem& problem) {
     default:
       break;
   }
+}
+
+CpuProblem cpu_problem(CellKind kind, const Layout& l, bool ragged, Storage storage, Parts parts) {
+  const Sizes z(l);
+  CpuProblem problem{
+      .steps = z.steps,
+      .batch = z.batch,
+      .shape = {z.inputs, z.units, z.outputs, l.projected},
+      .directions = l.directions,
+      .ragged = ragged,
+  };
+  describe(kind, storage, problem);
+  if (parts == Parts::kNone) problem.parts = 0;
+  return problem;
+}
+
+Scan make_scan(CellKind kind, const CpuProblem& problem, const RowTable& table, int threads) {
+  Scan scan{kind, problem.shape, table.rows(), plan_cpu(problem, cpu_machine(threads)), problem.directions};
+  scan.bf16 = &bf16_products();
+  return scan;
 }
 
 }  // namespace fastrnn

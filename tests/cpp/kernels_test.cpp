@@ -2,9 +2,11 @@
 // their own forward; scans of cells with linear activations, where nothing saturates, against a plain loop and against
 // differences of their own forward; products of large matrices against plain loops.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <thread>
 #include <vector>
 
 #include "check.h"
@@ -251,10 +253,15 @@ struct Problem {
     return v;
   }
 
-  Problem(unsigned seed, int64_t t, int64_t n, int64_t h, bool back, bool with_projection, bool ragged)
+  // of a layer beside others: what it reads, where it is not `input`, and who waits for whom
+  const T* input_from = nullptr;
+  const Progress* below = nullptr;
+  Progress* progress = nullptr;
+
+  Problem(unsigned seed, int64_t t, int64_t n, int64_t h, bool back, bool with_projection, bool ragged, int64_t i = 3)
       : steps(t),
         batch(n),
-        inputs(3),
+        inputs(i),
         units(h),
         outputs(with_projection ? (h + 1) / 2 : h),
         reverse(back),
@@ -310,13 +317,14 @@ struct Problem {
     ForwardParams<T> p;
     p.reverse = reverse;
     p.w_hh = w_hh.data(), p.w_hr = w_hr.data(), p.bias = bias.data();
-    p.w_ih = w_ih.data(), p.input = input.data();
+    p.w_ih = w_ih.data(), p.input = input_from == nullptr ? input.data() : input_from;
     p.h0 = h0.data(), p.c0 = c0.data();
-    p.gates = reserve.data(), p.gates_stride = columns(), p.save = true;
+    p.gates = reserve.data(), p.gates_stride = columns(), p.save = plan.ahead == 0;
     p.output = output.data(), p.output_stride = outputs;
     if (Cell::kState == ElementState::kCell) p.cells = cells.data(), p.cells_stride = units;
     p.h_n = h_n.data(), p.c_n = c_n.data();
-    const Scan s = scan(plan);
+    Scan s = scan(plan);
+    s.below = below, s.progress = progress;
     std::vector<char> scratch(ForwardScan<Cell, T>::scratch_bytes(s) + 64);
     ForwardScan<Cell, T>::run(s, &p, aligned(scratch));
   }
@@ -439,13 +447,16 @@ void test_scan(bool projected) {
   const CpuPlan units{Recurrent::kPacked, false, 2, true}, rows{Recurrent::kPacked, true, 2, false};
   const CpuPlan natural{Recurrent::kNatural, false, 1, false}, natural_input{Recurrent::kNatural, true, 1, false};
   const CpuPlan natural_units{Recurrent::kNatural, false, 2, true}, natural_both{Recurrent::kNatural, true, 2, true};
+  CpuPlan ahead = one, ahead_units = units, ahead_rows{Recurrent::kPacked, false, 2, false};
+  ahead.ahead = 2, ahead_units.ahead = 3, ahead_rows.ahead = 7;
   for (const bool reverse : {false, true}) {
     for (const bool ragged : {false, true}) {
       unsigned seed = 10;
       for (const int64_t h : {1, 3, 17, 129}) {
         for (const int64_t n : {1, 2, 3, 17}) {
           Problem<Cell> problem(++seed, 5, n, h, reverse, projected, ragged);
-          for (const CpuPlan& plan : {one, fused, units, rows, natural, natural_input, natural_units, natural_both}) {
+          for (const CpuPlan& plan : {one, fused, units, rows, natural, natural_input, natural_units, natural_both,
+                                      ahead, ahead_units, ahead_rows}) {
             problem.forward(plan);
             problem.check_against_loop();
           }
@@ -455,6 +466,46 @@ void test_scan(bool projected) {
       for (const CpuPlan& plan : {one, units, rows}) small.check_backward(plan, 1 + plan.threads);
       Problem<Cell> wide(++seed, 3, 9, 67, reverse, projected, ragged);
       for (const CpuPlan& plan : {one, units, rows}) wide.check_backward(plan, 4 - plan.threads);
+    }
+  }
+}
+
+// Three layers beside one another on two threads, each with the output of the one below as its input.
+template <class Cell>
+void test_beside(bool projected) {
+  CpuPlan fused{Recurrent::kPacked, true, 1, false}, ahead{Recurrent::kPacked, false, 1, false};
+  ahead.ahead = 3;
+  unsigned seed = 60;
+  for (const bool ragged : {false, true}) {
+    for (const int64_t h : {3, 17, 65}) {
+      for (const int64_t n : {1, 3, 17}) {
+        std::vector<Problem<Cell>> layers;
+        layers.reserve(3);
+        for (int i = 0; i < 3; ++i) {
+          layers.emplace_back(++seed, 23, n, h + i, false, projected, ragged, i == 0 ? 3 : layers[i - 1].outputs);
+          const Problem<Cell>& bottom = layers.front();
+          Problem<Cell>& layer = layers.back();  // has the rows of the bottom one
+          layer.length = bottom.length, layer.order = bottom.order, layer.active = bottom.active;
+          layer.reset = bottom.reset, layer.rows = bottom.rows;
+          layer.forward(fused);  // its output has its place now
+        }
+        for (const auto& plans : {std::array{ahead, ahead, ahead}, std::array{fused, ahead, fused}}) {
+          Progress progress[2];
+          for (int i = 0; i < 3; ++i) {
+            if (i > 0) layers[i].input_from = layers[i - 1].output.data(), layers[i].below = &progress[i - 1];
+            if (i < 2) layers[i].progress = &progress[i];
+          }
+          std::thread other([&] { layers[1].forward(plans[1]); });
+          layers[0].forward(plans[0]);
+          layers[2].forward(plans[2]);
+          other.join();
+          for (int i = 0; i < 3; ++i) {
+            if (i > 0) layers[i].input = layers[i - 1].output;
+            layers[i].project();
+            layers[i].check_against_loop();
+          }
+        }
+      }
     }
   }
 }
@@ -490,6 +541,9 @@ void FASTRNN_TEST() {
   test_scan<LstmCell<Linear, Linear>>(false);
   test_scan<LstmCell<Linear, Linear>>(true);
   test_scan<GruCell<Linear, Linear>>(false);
+  test_beside<RnnCell<Linear>>(false);
+  test_beside<LstmCell<Linear, Linear>>(true);
+  test_beside<GruCell<Linear, Linear>>(false);
 }
 
 }  // namespace fastrnn::test

@@ -92,6 +92,28 @@ void test_plan() {
   CHECK(parts(3, 128, 147, 100).fused_input && !parts(3, 128, 148, 100).fused_input);
   const CpuProblem rounded{4, 0, 4, 12, {64, 64, 64, false}, 1, 4, false, false, 2, true, 0};
   CHECK(plan_cpu(rounded, {1, 1 << 21, true, true}).parts == 1);
+  // layers of a stack beside one another: where weights of a layer fit in L2, a step is worth two threads, and the last
+  // layer begins soon enough; a few rows have their input multiplied some steps ahead
+  const auto beside = [](int64_t steps, int64_t batch, int64_t inputs, int64_t units, int64_t layers, int threads,
+                         int directions = 1) {
+    const auto layer = [&](int64_t i) {
+      return CpuProblem{4, 0, steps, batch, {i, units, units, false}, directions, 4, false, false};
+    };
+    return side_by_side(layer(inputs), layer(units), layers, {threads, 1 << 20});
+  };
+  CHECK(beside(128, 1, 64, 64, 2, 2) && beside(128, 1, 181, 181, 2, 2) && !beside(128, 1, 182, 182, 2, 2));
+  CHECK(!beside(128, 1, 64, 64, 2, 1) && !beside(128, 1, 64, 64, 1, 2) && !beside(128, 1, 64, 64, 2, 2, 2));
+  CHECK(!beside(15, 1, 17, 17, 2, 2) && !beside(128, 0, 64, 64, 2, 2) && !beside(128, 1, 1, 1, 2, 2));
+  CHECK(beside(100, 1, 64, 64, 4, 2) && beside(100, 1, 64, 64, 5, 8) && !beside(20, 1, 128, 128, 2, 2));
+  CHECK(!beside(128, 64, 64, 64, 2, 2));  // many rows are shared without barriers
+  const auto beside_plan = [](int64_t batch, int weight_size = 4) {
+    CpuProblem problem{4, 0, 64, batch, {64, 64, 64, false}, 1, 4, false, false, weight_size};
+    problem.beside = true;
+    return plan_cpu(problem, {1, 1 << 20});
+  };
+  CHECK(beside_plan(1).ahead == 12 && beside_plan(4).ahead == 3 && !beside_plan(4).fused_input);
+  CHECK(beside_plan(5).ahead == 0 && beside_plan(5).fused_input);
+  CHECK(beside_plan(5, 2).ahead == 3 && beside_plan(33, 2).ahead == 1 && !beside_plan(5, 2).fused_input);
   const CpuProblem tiny{1, 0, 2, 1, {4, 4, 4, false}, 1, 4, false, false};
   CHECK(plan_cpu(tiny, {2, 1 << 21}).threads == 1);
 }

@@ -1,93 +1,17 @@
-// The ops on the CPU: tensors to params, and the GEMMs around the scan.
-#include <ATen/Parallel.h>
-#include <ATen/ops/sum.h>
-#include <pthread.h>
+// The backward ops on the CPU: tensors to params, and the GEMMs after the scan.
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cmath>
 #include <cstring>
 
 #include "cpu/capability.h"
-#include "cpu/kernels.h"
 #include "ops/cpu_gemm.h"
+#include "ops/cpu_layer.h"
 #include "ops/cpu_memory.h"
-#include "ops/cpu_plan.h"
-#include "ops/layer_op.h"
-#include "ops/rows.h"
 #include "ops/windows.h"
 
 namespace fastrnn {
 namespace {
-
-// Threads of OpenMP do not survive a fork: a child that calls them would wait forever.
-std::atomic<bool> forked{false};
-[[maybe_unused]] const int kForkHandler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-
-int threads() { return at::in_parallel_region() || forked ? 1 : at::get_num_threads(); }
-
-// Whether float32 may be multiplied in parts where the plan is for it.
-enum class Parts { kAllowed, kNone };
-
-Scan make_scan(CellKind kind, const Layout& l, const Sizes& z, const RowTable& table, Storage storage, Parts parts,
-               bool backward, bool in_windows) {
-  Scan scan{kind, {z.inputs, z.units, z.outputs, l.projected}, table.rows(), {}, l.directions};
-  CpuProblem problem{
-      .steps = z.steps,
-      .batch = z.batch,
-      .shape = scan.shape,
-      .directions = l.directions,
-      .ragged = table.ragged(),
-      .backward = backward,
-      .in_windows = in_windows,
-  };
-  describe(kind, storage, problem);
-  if (parts == Parts::kNone) problem.parts = 0;
-  const CpuMachine machine = cpu_machine(threads());
-  scan.bf16 = &bf16_products();
-  scan.plan = plan_cpu(problem, machine);
-  return scan;
-}
-
-// Slice d of a tensor whose first dimension is the direction; null stays null.
-template <class T>
-auto direction(T* p, int d, int64_t stride) {
-  return p == nullptr ? nullptr : p + d * stride;
-}
-template <class T>
-Stored<T> direction(const Stored<T>& of, int d, int64_t stride) {
-  return of.data == nullptr ? of : of.from(d * stride);
-}
-
-template <class T>
-constexpr auto scalar_type = c10::CppTypeToScalarType<T>::value;
-
-// t.to(type), without a call of an op where there is nothing to do: a small layer takes less time than a few of them.
-Tensor to_type(const Tensor& t, at::ScalarType type) { return t.scalar_type() == type ? t : t.to(type); }
-
-template <class T>
-Tensor as(const Tensor& t) {
-  return t.defined() ? to_type(t, scalar_type<T>).contiguous() : t;
-}
-
-Tensors contiguous(TensorList tensors) {
-  Tensors result;
-  result.reserve(tensors.size());
-  for (const Tensor& t : tensors) result.push_back(t.contiguous());
-  return result;
-}
-
-// f(first, last) over the steps, or rows, on all threads where the `bytes` of each make it worth it.
-template <class F>
-void for_steps(int64_t steps, int64_t bytes, const F& f) {
-  constexpr int64_t kBytesWorthAThread = 128 << 10;
-  if (threads() == 1) {
-    f(0, steps);
-  } else {
-    at::parallel_for(0, steps, std::max<int64_t>(1, kBytesWorthAThread / std::max<int64_t>(1, bytes)), f);
-  }
-}
 
 // index_copy_ takes twice as long, element by element.
 void copy_to_places(Tensor& to, const Tensor& places, const Tensor& from) {
@@ -98,102 +22,6 @@ void copy_to_places(Tensor& to, const Tensor& places, const Tensor& from) {
   for_steps(from.size(0), row_bytes, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) std::memcpy(data + place[i] * row_bytes, begin + i * row_bytes, row_bytes);
   });
-}
-
-// Zeros in rows that no scan visits. data: [rows, columns], also with a dimension of directions before.
-void clear_padding(const RowTable& table, const Tensor& data) {
-  if (!table.padded() || !data.defined()) return;
-  const Rows& rows = table.rows();
-  const int64_t row_bytes = data.size(-1) * data.element_size();
-  const int64_t all = table.total() * row_bytes;
-  auto* const begin = static_cast<char*>(data.mutable_data_ptr());
-  for (char* to = begin; to < begin + data.nbytes(); to += all) {
-    for_steps(rows.steps, all / std::max<int64_t>(1, rows.steps), [&](int64_t first, int64_t last) {
-      for (int64_t t = first; t < last; ++t) {
-        for (int64_t i = rows.active[t]; i < rows.batch; ++i) {
-          std::memset(to + rows.row(t, rows.order[i]) * row_bytes, 0, row_bytes);
-        }
-      }
-    });
-  }
-}
-
-// Of an infinite number, or one that is rounded to infinity, a part is NaN, and so is what is made of it: float32 itself
-// may know better.
-bool has_nan(const Tensor& result) { return result.defined() && std::isnan(result.sum().item<double>()); }
-
-// Computes in T. Weights and output stay in the type of the layer: the scan converts them as it packs, multiplies or
-// writes them. Returns nothing if all has to be done again with Parts::kNone.
-template <class T>
-Tensors forward(CellKind kind, const Layout& l, const Tensor& input, TensorList stored_hx, const Tensors& weights,
-                const RowTable& table, bool need_steps, bool need_reserve, Parts parts) {
-  const CellTraits& cell = traits(kind);
-  const Sizes z(l);
-  Tensors hx;
-  hx.reserve(stored_hx.size());
-  for (const Tensor& state : stored_hx) hx.push_back(as<T>(state));
-  const auto options = input.options().dtype(scalar_type<T>);
-  const Scan scan = make_scan(kind, l, z, table, storage_of(input), parts, false, false);
-  const bool projects = scan.plan.fused_input;
-  const int64_t directions = l.directions, total = table.total();
-  LayerResult result(kind, z, input.sizes(), input.options(), scalar_type<T>, need_steps);
-
-  // The input projection's buffer is the reserve: its first G columns, in units of H, turn into the activated gates.
-  // Where the scan multiplies the input itself, and nothing is saved, there is no buffer.
-  const int64_t columns = z.units * (need_reserve ? l.reserve_columns_in_units(kind) : cell.gates);
-  Tensor gates;
-  if (!projects || need_reserve) gates = with_huge_pages(result.allocate_gates(z, columns, options));
-
-  const Tensor x = scan.plan.parts > 0 && projects ? input.contiguous() : as<T>(input);
-  const int64_t bias_width = (cell.gates + cell.separate) * z.units;
-  const at::DataPtr bias = temporary(directions * bias_width * static_cast<int64_t>(sizeof(T)));
-  ForwardParams<T> params[2];
-  Tensor initial[2];  // products of the initial states
-  for (int d = 0; d < l.directions; ++d) {
-    ForwardParams<T>& p = params[d];
-    p.reverse = d == 1;
-    p.w_hh = stored<T>(weights[l.w_hh(d)]);
-    if (l.projected) p.w_hr = stored<T>(weights[l.w_hr(d)]);
-    T* direction_bias = static_cast<T*>(bias.get()) + d * bias_width;
-    const Tensor b_ih = l.biases ? as<T>(weights[l.b_ih(d)]) : Tensor();
-    const Tensor b_hh = l.biases ? as<T>(weights[l.b_hh(d)]) : Tensor();
-    sum_biases(cell.gates, cell.separate, z.units, data<T>(b_ih), data<T>(b_hh), direction_bias);
-    p.bias = direction_bias;
-    if (!hx.empty()) p.h0 = direction(data<T>(hx[0]), d, z.batch * z.outputs);
-    if (hx.size() > 1) p.c0 = direction(data<T>(hx[1]), d, z.batch * z.units);
-    if (gates.defined()) p.gates = gates.mutable_data_ptr<T>() + d * total * columns;
-    p.gates_stride = columns;
-    p.save = need_reserve;
-    p.output = Written<T>(result.output.mutable_data_ptr(), storage_of(result.output)).from(d * z.outputs);
-    p.output_stride = directions * z.outputs;
-    p.h_n = result.h_n.mutable_data_ptr<T>() + d * z.batch * z.outputs;
-    if (result.c_n.defined()) p.c_n = result.c_n.mutable_data_ptr<T>() + d * z.batch * z.units;
-    if (result.cells.defined()) {
-      p.cells = result.cells.mutable_data_ptr<T>() + d * z.units;
-      p.cells_stride = directions * z.units;
-    }
-    if (projects) {
-      p.w_ih = stored<T>(weights[l.w_ih(d)]);
-      p.input = stored<T>(x);
-    } else if (total > 0) {
-      Tensor projection = columns_of(gates.select(0, d).view({total, columns}), 0, cell.gates * z.units);
-      multiply<T>(scan.plan.parts, threads(), projection, false, x.view({total, z.inputs}),
-                  as<T>(weights[l.w_ih(d)]).t());
-      if (scan.plan.recurrent == Recurrent::kProduct && p.h0 != nullptr) {
-        initial[d] = at::empty({z.batch, cell.gates * z.units}, options);
-        multiply<T>(scan.plan.parts, threads(), initial[d], false, hx[0].select(0, d), as<T>(weights[l.w_hh(d)]).t());
-        p.product = data<T>(initial[d]);
-      }
-    }
-  }
-
-  const auto& kernels = cpu_kernels().get<T>(kind);
-  kernels.forward(scan, params, Scratch(kernels.forward_scratch(scan)).get());
-  clear_padding(table, result.output);
-  if (scan.plan.parts > 1 && has_nan(result.output)) return {};
-  clear_padding(table, result.cells);
-  if (need_reserve) clear_padding(table, gates);
-  return result.with_reserve(need_reserve ? gates : empty({0}, options));
 }
 
 // The h that entered each of some steps, as a copy: [range.rows, outputs], zeros where none did. Row i of a step's
@@ -237,7 +65,10 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   // a window's rows must follow one another, and what they add to a sum must not be rounded to bfloat16
   const bool in_order = rows.batch_stride == 1 || z.batch == 1 || table.padded();
   const bool in_windows = in_order && groups == 0 && !in_bf16;
-  const Scan scan = make_scan(kind, l, z, table, storage_of(input), parts, true, in_windows);
+  CpuProblem problem = cpu_problem(kind, l, table.ragged(), storage_of(input), parts);
+  problem.backward = true;
+  problem.in_windows = in_windows;
+  const Scan scan = make_scan(kind, problem, table, cpu_threads());
   const bool rounded = in_bf16 && scan.plan.parts == 1;  // all that is made of the gate gradients are such products
 
   // Rows beyond a length are left out of every product, so that nothing of them, NaN included, enters one: gradients lie
@@ -329,9 +160,9 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   if (product == scalar_type<T>) {
     if (scan.plan.parts <= 1) products.narrow = own_gemm() ? 64 : 256;
     products.add = [parts = scan.plan.parts](Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
-      multiply<T>(parts, threads(), sum, begun, a, b);
+      multiply<T>(parts, cpu_threads(), sum, begun, a, b);
     };
-    products.sum = [](Tensor& sum, bool begun, const Tensor& rows) { add_rows<T>(threads(), sum, begun, rows); };
+    products.sum = [](Tensor& sum, bool begun, const Tensor& rows) { add_rows<T>(cpu_threads(), sum, begun, rows); };
   }
   LayerGradients gradients(a, total, products);
   // the h that entered some steps
@@ -396,39 +227,6 @@ Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_out
   return result;
 }
 
-template <class F>
-auto with_type(const Tensor& input, const F& f) {
-  switch (input.scalar_type()) {
-    case at::kDouble:
-      return f(double());
-    case at::kFloat:
-    case at::kBFloat16:  // 16-bit storage has its states, gates and sums in float32
-    case at::kHalf:
-      return f(float());
-    default:
-      TORCH_CHECK(false, "Expected float64, float32, bfloat16 or float16, got ", input.scalar_type());
-  }
-}
-
-template <CellKind kind>
-Tensors layer(const Tensor& input, TensorList hx, TensorList weights, const OptionalTensor& lengths,
-              const OptionalTensor& reset, const OptionalTensor& batch_sizes, bool bidirectional, bool batch_first,
-              bool need_steps, bool need_reserve) {
-  const Layout l = check_layer(kind, input, hx, weights, lengths, reset, batch_sizes, bidirectional, batch_first);
-  const RowTable table(l, input, lengths, reset, batch_sizes, batch_first);
-  return with_type(input, [&](auto zero) {
-    using T = decltype(zero);
-    const Tensors w = contiguous(weights);
-    const auto run = [&](Parts parts) {
-      return forward<T>(kind, l, input, hx, w, table, need_steps, need_reserve, parts);
-    };
-    Tensors result = run(Parts::kAllowed);
-    if (result.empty()) result = run(Parts::kNone);
-    for (size_t i = 0; i + 1 < result.size(); ++i) result[i] = to_type(result[i], input.scalar_type());
-    return result;
-  });
-}
-
 template <CellKind kind>
 Tensors layer_backward(const OptionalTensors& grad_outputs, const Tensor& input, TensorList hx, TensorList weights,
                        const OptionalTensor& lengths, const OptionalTensor& reset, const OptionalTensor& batch_sizes,
@@ -456,10 +254,8 @@ Tensors layer_backward(const OptionalTensors& grad_outputs, const Tensor& input,
 }
 
 TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
-  for_each_cell([&]<CellKind kind>() {
-    m.impl((std::string(name_of(kind)) + "_layer").c_str(), layer<kind>);
-    m.impl((std::string(name_of(kind)) + "_layer_backward").c_str(), layer_backward<kind>);
-  });
+  for_each_cell(
+      [&]<CellKind kind>() { m.impl((std::string(name_of(kind)) + "_layer_backward").c_str(), layer_backward<kind>); });
 }
 
 }  // namespace
