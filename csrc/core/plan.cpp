@@ -24,7 +24,6 @@ constexpr int64_t kFusedRows = 5, kFusedRowsFullL2 = 12, kFusedRowsBeyondL2 = 32
 constexpr int64_t kBf16Rows = 4;  // fewer make no use of a matrix unit
 constexpr int64_t kNarrowInput = 8;  // fewer columns than a GEMM is good for
 constexpr int64_t kRowsAhead = 12;  // of an input that a scan multiplies some steps at a time: whole tiles, soon there
-constexpr int64_t kStepsBeside = 16;  // fewer are over before the last layer of a stack has begun
 constexpr int64_t kUnitsPerShare = 16;  // what a member must get of the units to be of use
 
 int64_t weight_bytes(const CpuProblem& p) {
@@ -174,7 +173,7 @@ bool side_by_side(const CpuProblem& first, const CpuProblem& above, int64_t laye
   const int64_t behind = (threads - 1) * std::max(kStepsTogether, plan_cpu(beside, machine).ahead);
   const double at_once = std::max(alone(first) + times(of_first - 1, alone(above)), times(of_second, alone(above)));
   const double in_turn = shared(first) + times(layers - 1, shared(above));
-  return times(first.steps, at_once) >= kRegionMicroseconds &&
+  return times(first.steps, at_once) >= kRegionMicroseconds / 2 &&
          times(first.steps + behind, at_once) < times(first.steps, in_turn);
 }
 

@@ -10,6 +10,8 @@ namespace fastrnn {
 // A layer beside others of its stack waits, and is waited for, so many steps at a time: the cache lines of each step would
 // go from core to core one after another.
 inline constexpr int64_t kStepsTogether = 4;
+// Fewer are over before the last layer of a stack has begun.
+inline constexpr int64_t kStepsBeside = 16;
 
 struct CpuMachine {
   int threads = 1;  // that may be used

@@ -71,6 +71,8 @@ std::optional<Tensors> layer(py::handle input, py::handle hx, py::handle weights
 template <CellKind kind>
 std::optional<Tensors> stack(int64_t layers, py::handle input, py::handle hx, py::handle weights, py::handle lengths,
                              py::handle reset, py::handle batch_sizes, bool batch_first) {
+  Tensor x;
+  if (!read(input, x) || !may_run_side_by_side(layers, x, batch_first)) return std::nullopt;
   Arguments a;
   if (!a.read(input, hx, weights, lengths, reset, batch_sizes)) return std::nullopt;
   py::gil_scoped_release no_gil;

@@ -89,11 +89,16 @@ std::optional<Tensors> run(CellKind kind, const Stack& stack, const Tensor& inpu
 
 }  // namespace
 
+bool may_run_side_by_side(int64_t layers, const Tensor& input, bool batch_first) {
+  if (layers < 2 || cpu_threads() < 2) return false;
+  return input.dim() != 3 || input.size(batch_first ? 1 : 0) >= kStepsBeside;  // of packed rows the steps don't show
+}
+
 std::optional<Tensors> layers_side_by_side(CellKind kind, int64_t layers, const Tensor& input, TensorList hx,
                                            TensorList weights, const OptionalTensor& lengths,
                                            const OptionalTensor& reset, const OptionalTensor& batch_sizes,
                                            bool batch_first) {
-  if (layers < 2 || cpu_threads() < 2) return std::nullopt;
+  if (!may_run_side_by_side(layers, input, batch_first)) return std::nullopt;
   // what is wrong with the number of tensors is said where layers are called each
   if (weights.empty() || weights.size() % layers != 0) return std::nullopt;
   for (const Tensor& state : hx) {

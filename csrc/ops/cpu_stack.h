@@ -7,6 +7,9 @@
 
 namespace fastrnn {
 
+// Is it worth asking for that? Cheap: most calls that have to go another way take ten microseconds.
+bool may_run_side_by_side(int64_t layers, const Tensor& input, bool batch_first);
+
 // All layers of a stack of one direction at once, each on a thread of its own some steps behind the one below, where that
 // is faster than one after another and nobody wants more of the call than its results: no gradient, no transform, no
 // autocast. Returns output, and h_n and c_n of all layers; nothing, and has done nothing, where the layers had better be
