@@ -205,10 +205,15 @@ def test_steps_of_all_layers(kind):
         torch.testing.assert_close(ours, theirs)
 
 
+def _wide(hidden):
+    return [weight.detach() for weight in fastrnn.LSTM(33, hidden).parameters()]
+
+
 WRONG = {
     "shape of a weight": lambda a: a["weights"].__setitem__(5, torch.randn(132, 32)),
     "dtype of a weight": lambda a: a["weights"].__setitem__(4, torch.randn(132, 33).double()),
     "bias of another layer": lambda a: a["weights"].__setitem__(7, torch.randn(131)),
+    "units of another layer": lambda a: a.update(hx=None, weights=[*a["weights"][:4], *_wide(129)]),
     "too few weights": lambda a: a["weights"].pop(),
     "shape of a state": lambda a: a.update(hx=[torch.randn(2, 3, 33), torch.randn(2, 3, 32)]),
     "states of too few layers": lambda a: a.update(hx=[torch.randn(1, 3, 33), torch.randn(1, 3, 33)]),

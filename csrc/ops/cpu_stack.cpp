@@ -44,6 +44,16 @@ struct Stack {
   }
 };
 
+// Has each layer as many units and outputs as the first, and the same kinds of weights? Sizes of all but W_ih.
+bool alike(const Stack& stack) {
+  for (int64_t layer = 1; layer < stack.layers; ++layer) {
+    for (size_t i = 1; i < stack.weights_of(0).size(); ++i) {
+      if (stack.weights_of(layer)[i].sizes() != stack.weights_of(0)[i].sizes()) return false;
+    }
+  }
+  return true;
+}
+
 // Nothing if all has to be done again with Parts::kNone. check(input, layer): its arguments.
 template <class T, class Check>
 std::optional<Tensors> run(CellKind kind, const Stack& stack, const Tensor& input, const RowTable& table, Parts parts,
@@ -99,7 +109,7 @@ std::optional<Tensors> layers_side_by_side(CellKind kind, int64_t layers, const 
                                            const OptionalTensor& reset, const OptionalTensor& batch_sizes,
                                            bool batch_first) {
   if (!may_run_side_by_side(layers, input, batch_first)) return std::nullopt;
-  // what is wrong with the number of tensors is said where layers are called each
+  // what is wrong with the number of tensors, or their sizes, is said where layers are called each
   if (weights.empty() || weights.size() % layers != 0) return std::nullopt;
   for (const Tensor& state : hx) {
     if (state.dim() != 3 || state.size(0) != layers) return std::nullopt;
@@ -107,9 +117,9 @@ std::optional<Tensors> layers_side_by_side(CellKind kind, int64_t layers, const 
   const bool straight = straight_to_cpu(input) && straight_to_cpu(hx) && straight_to_cpu(weights) &&
                         (!lengths || straight_to_cpu(*lengths)) && (!reset || straight_to_cpu(*reset)) &&
                         (!batch_sizes || straight_to_cpu(*batch_sizes));
-  if (!straight) return std::nullopt;
-
   const Stack stack{layers, hx, weights};
+  if (!straight || !alike(stack)) return std::nullopt;
+
   const auto check = [&](const Tensor& x, int64_t layer) {
     return check_layer(kind, x, stack.hx_of(layer), stack.weights_of(layer), lengths, reset, batch_sizes, false,
                        batch_first);
