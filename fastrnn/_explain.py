@@ -91,19 +91,23 @@ def explain(
         else:
             why = f"fastrnn has no native kernel for {device}, and torch's op knows no lengths and no reset"
         return f"backend: python\nop: fastrnn.reference.layer, a loop over the steps in Python\nwhy: {why}"
-    lines = [
-        "backend: native",
-        f"op: torch.ops.fastrnn.{cell}_layer, one call per layer, {_layout(input, lengths, reset)}",
-    ]
+    over = _layout(input, lengths, reset)
+    in_turn = f"op: torch.ops.fastrnn.{cell}_layer, one call per layer, {over}"
     if data.is_cpu and _backend.native is not None:
-        lines.append(f"cpu capability: {_backend.native.cpu_capability()}")
-        lines += _plans(module, cell, input, data, lengths)
-    elif data.is_cuda:
+        beside, plans = _plans(module, cell, input, data, lengths)
+        at_once = (
+            f"op: fastrnn._C.stacks[{cell!r}], one call for all layers, beside one another, each on a thread some "
+            f"steps behind the one below, {over}"
+        )
+        lines = [at_once if beside else in_turn, f"cpu capability: {_backend.native.cpu_capability()}", *plans]
+    else:
+        lines = [in_turn]
+    if data.is_cuda:
         lines.append(
             "kernels: one launch for all steps where the plan has one, else a matrix product and a pointwise kernel "
             "for each step; fastrnn._C.cuda_plan tells, FASTRNN_CUDA_PLAN chooses (docs/cuda.md)"
         )
-    return "\n".join(lines)
+    return "\n".join(["backend: native", *lines])
 
 
 def _cell_of(module: torch.nn.Module) -> str:
@@ -130,10 +134,8 @@ def _dtype_of_call(data: Tensor) -> torch.dtype:
     return dtype if dtype in (torch.float64, torch.bfloat16, torch.float16) else torch.float32
 
 
-def _plans(module: Any, cell: str, input: Any, data: Tensor, lengths: Tensor | None) -> list[str]:
-    """One line for the first layer, and one for the others where they differ in their input; before them, how the
-    layers follow one another where that is not in turn.
-    """
+def _plans(module: Any, cell: str, input: Any, data: Tensor, lengths: Tensor | None) -> tuple[bool, list[str]]:
+    """Whether the layers run beside one another; a line for the first layer, and one for those above it."""
     assert _backend.native is not None
     steps, batch, ragged = 1, 1, False
     if isinstance(input, PackedSequence):
@@ -157,16 +159,15 @@ def _plans(module: Any, cell: str, input: Any, data: Tensor, lengths: Tensor | N
         shapes["the layers above"] = directions * (proj_size or module.hidden_size)
     dtype = str(_dtype_of_call(data)).removeprefix("torch.")
     threads = torch.get_num_threads()
-    plain = not training and not torch.is_autocast_enabled("cpu") and not (module.training and module.dropout > 0)
     beside = (
-        directions == 1
-        and layers > 1
-        and plain
+        layers > 1
+        and directions == 1
+        and not (training or torch.is_autocast_enabled("cpu") or (module.training and module.dropout > 0))
         and _backend.native.side_by_side(
             cell, layers, steps, batch, module.input_size, module.hidden_size, proj_size, dtype, threads, ragged
         )
     )
-    lines = ["the layers beside one another, each on a thread some steps behind the one below"] if beside else []
+    lines = []
     for which, input_size in shapes.items():
         plan = _backend.native.plan(
             cell,
@@ -185,7 +186,7 @@ def _plans(module: Any, cell: str, input: Any, data: Tensor, lengths: Tensor | N
         lines.append(f"{which}: forward {_words(plan, '')}")
         if training:
             lines.append(f"{which}: backward {_words(plan, 'backward_')}")
-    return lines
+    return beside, lines
 
 
 def _words(plan: dict[str, Any], prefix: str) -> str:

@@ -162,6 +162,7 @@ def test_explain_native(native):
     assert "the layers above: forward" in text
     with torch.no_grad():
         assert "backward" not in fastrnn.explain(net, torch.randn(4, 2, 3))
+        assert "torch.ops.fastrnn.gru_layer" in fastrnn.explain(fastrnn.GRUCell(3, 5), torch.randn(2, 3))
     packed = torch.nn.utils.rnn.pack_sequence([torch.randn(4, 3), torch.randn(2, 3)])
     assert "packed rows" in fastrnn.explain(net, packed)
     assert "torch.ops.fastrnn.rnn_relu_layer" in fastrnn.explain(fastrnn.RNNCell(3, 5, True, "relu"), torch.ones(3))

@@ -8,6 +8,7 @@ from cases import KINDS, Case, data, module, parametrize, small, tensors, thread
 from recording import Dispatches
 from test_call import Logged
 from tolerance import check
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import profile
 
 import fastrnn
@@ -56,7 +57,7 @@ def test_against_torch(case):
     with threads(2):
         ours, beside = at_once(outputs, case)
         assert beside
-        assert "beside one another" in explained(case)
+        assert "one call for all layers, beside one another" in explained(case)
     own = torch.float32 if case.dtype == torch.float64 else case.dtype
     theirs, oracle = outputs(case, torch.nn, own), outputs(case, torch.nn, torch.float64)
     for index, value in enumerate(ours):
@@ -131,6 +132,39 @@ def test_views_that_do_not_lie_in_order():
         assert torch.equal(ours, theirs)
 
 
+@parametrize(
+    [
+        *small(num_layers=4, steps=129, batch=3, inputs=17, hidden=33),
+        *small(num_layers=2, steps=129, batch=17, inputs=33, hidden=33, dtype=torch.bfloat16),
+    ]
+)
+def test_weights_that_do_not_lie_in_order(case):
+    """Their copies have to last as long as the layers do."""
+    net, (input, hx) = module(case), data(case)
+    with torch.no_grad(), threads(2):
+        expected = tensors(net(input, hx))
+        for name, weight in list(net.named_parameters()):
+            view = weight.repeat_interleave(3, -1)[..., ::3]
+            assert not view.is_contiguous()
+            setattr(net, name, torch.nn.Parameter(view, requires_grad=False))
+        found, beside = at_once(net, input, hx)
+    assert beside
+    for ours, theirs in zip(tensors(found), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("batch", [3, 129])
+def test_lengths_that_are_all_of_the_steps(batch):
+    """They change neither the way that is taken nor a bit of the results."""
+    net = fastrnn.LSTM(65, 65, 2).requires_grad_(False)
+    input, lengths = torch.randn(129, batch, 65), torch.full((batch,), 129)
+    with threads(2):
+        (plain, _), beside = at_once(net, input)
+        (found, _), with_lengths = at_once(net, input, lengths=lengths)
+    assert with_lengths == beside
+    assert torch.equal(found, plain)
+
+
 def test_gradients_are_wanted():
     net, input = stack()
     expected = torch.autograd.grad(net(input)[0].square().sum(), list(net.parameters()))
@@ -189,6 +223,21 @@ def test_transforms_see_the_layers():
         found, beside = at_once(torch.func.vmap(lambda x: net(x)[0]), torch.stack([input, tangent]))
         assert not beside
         torch.testing.assert_close(found, batched)
+
+
+def test_sizes_are_not_asked_of_what_has_none():
+    """A function made functional is a tensor of no class of its own, whose sizes are symbols."""
+    net, input = stack()
+    weights = [weight.detach() for weight in net.parameters()]
+
+    def run(input, *weights):
+        return fastrnn.functional.lstm(input, None, list(weights), num_layers=2)[0]
+
+    expected = run(input, *weights)
+    with threads(2):
+        graph = make_fx(torch.func.functionalize(run), tracing_mode="symbolic")(input, *weights)
+        assert sum("lstm_layer" in str(node.target) for node in graph.graph.nodes) == 2
+        torch.testing.assert_close(graph(input, *weights), expected)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))

@@ -95,12 +95,12 @@ struct ForwardParams {
   Stored<T> w_hh;                // [G*H, outputs]
   Stored<T> w_hr;                // [P, H] or null
   const T* bias = nullptr;       // [(G+S)*H] b_ih + b_hh; for separate gates b_ih, and b_hh behind the gates
-  Stored<T> w_ih;                // [G*H, I]      fused input only
-  Stored<T> input;               // [rows, I]     fused input only; 16 bits for products of bfloat16 only
+  Stored<T> w_ih;                // [G*H, I]      only where the scan multiplies the input: CpuPlan::multiplies_input
+  Stored<T> input;               // [rows, I]     the same; of 16 bits for products of bfloat16, and steps ahead
   const T* product = nullptr;    // [N, G*H]      kProduct only: W_hh h_0
   const T* h0 = nullptr;         // [N, outputs] or null: zeros
   const T* c0 = nullptr;         // [N, H] or null: zeros
-  T* gates = nullptr;            // [rows, gates_stride] in: the input projection, unless fused input;
+  T* gates = nullptr;            // [rows, gates_stride] in: the input projection, unless the scan makes it;
                                  // out, with save: the reserve
   int64_t gates_stride = 0;      //
   bool save = false;             //

@@ -146,7 +146,7 @@ CpuPlan plan_cpu(const CpuProblem& p, const CpuMachine& machine) {
     const bool narrow = p.weight_size < p.element_size;  // of 16 bits, an input is converted before it is multiplied
     if (p.beside && (narrow || !plan.fused_input)) {
       plan.fused_input = false;
-      plan.ahead = (kRowsAhead + p.batch - 1) / std::max<int64_t>(1, p.batch);
+      plan.ahead = p.batch > 0 ? (kRowsAhead + p.batch - 1) / p.batch : 1;
     }
   }
   plan.window = choose_window(p, machine, plan);

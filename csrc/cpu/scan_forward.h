@@ -91,7 +91,7 @@ class ForwardScan : public ScanEntry<ForwardScan<Cell, T>, ForwardParams<T>> {
       s.operands.take(arena);
     }
     const int64_t ahead = rows_ahead(scan);
-    s.packed_input = arena.take<T>(ahead > 0 ? blocks(shape.units, kUnits) * shape.inputs * kWidth : 0);
+    s.packed_input = arena.take<T>(scan.plan.ahead > 0 ? blocks(shape.units, kUnits) * shape.inputs * kWidth : 0);
     s.projections = arena.take<T>(ahead * kGates * shape.units);
     s.ahead = arena.take<RowAhead>(scan.plan.threads * ahead);
     s.converted = arena.take<T>(scan.plan.threads * ahead * whole_inputs(scan));

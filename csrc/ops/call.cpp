@@ -1,6 +1,6 @@
 // A short way from Python to the ops of the layers. That of torch.ops matches the arguments with a schema, boxes each and
 // unboxes the results, which takes longer than a small layer; this one reads them off their positions. Both end in the
-// dispatcher, with autograd, autocast and transforms.
+// dispatcher, with autograd, autocast and transforms; layers beside one another, which want nothing of those, do not.
 #include "ops/call.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -48,9 +48,9 @@ struct Arguments {
   OptionalTensor lengths, reset, batch_sizes;
 
   // False if the call has to go by torch.ops.
-  bool read(py::handle x, py::handle states, py::handle w, py::handle l, py::handle r, py::handle b) {
-    return !watched() && fastrnn::read(x, input) && fastrnn::read(states, hx) && fastrnn::read(w, weights) &&
-           fastrnn::read(l, lengths) && fastrnn::read(r, reset) && fastrnn::read(b, batch_sizes);
+  bool read_input(py::handle x) { return !watched() && read(x, input); }
+  bool read_others(py::handle states, py::handle w, py::handle l, py::handle r, py::handle b) {
+    return read(states, hx) && read(w, weights) && read(l, lengths) && read(r, reset) && read(b, batch_sizes);
   }
 };
 
@@ -59,7 +59,7 @@ template <CellKind kind>
 std::optional<Tensors> layer(py::handle input, py::handle hx, py::handle weights, py::handle lengths, py::handle reset,
                              py::handle batch_sizes, bool bidirectional, bool batch_first, bool need_steps) {
   Arguments a;
-  if (!a.read(input, hx, weights, lengths, reset, batch_sizes)) return std::nullopt;
+  if (!a.read_input(input) || !a.read_others(hx, weights, lengths, reset, batch_sizes)) return std::nullopt;
   py::gil_scoped_release no_gil;
   Tensors results = layer_op(kind).call(a.input, a.hx, a.weights, a.lengths, a.reset, a.batch_sizes, bidirectional,
                                         batch_first, need_steps, /*need_reserve=*/false);
@@ -71,10 +71,11 @@ std::optional<Tensors> layer(py::handle input, py::handle hx, py::handle weights
 template <CellKind kind>
 std::optional<Tensors> stack(int64_t layers, py::handle input, py::handle hx, py::handle weights, py::handle lengths,
                              py::handle reset, py::handle batch_sizes, bool batch_first) {
-  Tensor x;
-  if (!read(input, x) || !may_run_side_by_side(layers, x, batch_first)) return std::nullopt;
   Arguments a;
-  if (!a.read(input, hx, weights, lengths, reset, batch_sizes)) return std::nullopt;
+  if (!a.read_input(input) || !may_run_side_by_side(layers, a.input, batch_first) ||
+      !a.read_others(hx, weights, lengths, reset, batch_sizes)) {
+    return std::nullopt;
+  }
   py::gil_scoped_release no_gil;
   return layers_side_by_side(kind, layers, a.input, a.hx, a.weights, a.lengths, a.reset, a.batch_sizes, batch_first);
 }

@@ -14,10 +14,9 @@ Tensors layer(const Tensor& input, TensorList hx, TensorList weights, const Opti
   const RowTable table(l, input, lengths, reset, batch_sizes, batch_first);
   return with_type(input, [&](auto zero) {
     using T = decltype(zero);
-    const Tensors w = contiguous(weights);
     const auto run = [&](Parts parts) {
       const CpuProblem problem = cpu_problem(kind, l, table.ragged(), storage_of(input), parts);
-      LayerForward<T> call(problem, cpu_threads(), kind, l, table, input, hx, w,
+      LayerForward<T> call(problem, cpu_threads(), kind, l, table, input, hx, weights,
                            LayerResult(kind, Sizes(l), input.sizes(), input.options(), scalar_type<T>, need_steps),
                            need_reserve);
       call.run(Scratch(call.scratch_bytes()).get());

@@ -79,8 +79,8 @@ std::optional<Tensors> run(CellKind kind, const Stack& stack, const Tensor& inpu
     results[0] = result.output;
     CpuProblem problem = cpu_problem(kind, layout, table.ragged(), storage_of(input), parts);
     problem.beside = true;
-    calls.emplace_back(problem, 1, kind, layout, table, x, stack.hx_of(i), contiguous(stack.weights_of(i)),
-                       std::move(result), false);
+    calls.emplace_back(problem, 1, kind, layout, table, x, stack.hx_of(i), stack.weights_of(i), std::move(result),
+                       false);
     calls.back().place_between(i > 0 ? &progress[i - 1] : nullptr, i + 1 < layers ? &progress[i] : nullptr);
     scratch_at.push_back(scratch_at.back() + calls.back().scratch_bytes());
     x = results[0];
@@ -100,7 +100,7 @@ std::optional<Tensors> run(CellKind kind, const Stack& stack, const Tensor& inpu
 }  // namespace
 
 bool may_run_side_by_side(int64_t layers, const Tensor& input, bool batch_first) {
-  if (layers < 2 || cpu_threads() < 2) return false;
+  if (layers < 2 || cpu_threads() < 2 || !straight_to_cpu(input)) return false;  // of others sizes may not be asked
   return input.dim() != 3 || input.size(batch_first ? 1 : 0) >= kStepsBeside;  // of packed rows the steps don't show
 }
 
@@ -114,9 +114,8 @@ std::optional<Tensors> layers_side_by_side(CellKind kind, int64_t layers, const 
   for (const Tensor& state : hx) {
     if (state.dim() != 3 || state.size(0) != layers) return std::nullopt;
   }
-  const bool straight = straight_to_cpu(input) && straight_to_cpu(hx) && straight_to_cpu(weights) &&
-                        (!lengths || straight_to_cpu(*lengths)) && (!reset || straight_to_cpu(*reset)) &&
-                        (!batch_sizes || straight_to_cpu(*batch_sizes));
+  const bool straight = straight_to_cpu(hx) && straight_to_cpu(weights) && (!lengths || straight_to_cpu(*lengths)) &&
+                        (!reset || straight_to_cpu(*reset)) && (!batch_sizes || straight_to_cpu(*batch_sizes));
   const Stack stack{layers, hx, weights};
   if (!straight || !alike(stack)) return std::nullopt;
 
@@ -127,18 +126,19 @@ std::optional<Tensors> layers_side_by_side(CellKind kind, int64_t layers, const 
   const Layout first = check(input, 0);
   Layout above = first;
   above.inputs = first.outputs;
+  std::optional<RowTable> table;
+  const auto read_rows = [&] { table.emplace(first, input, lengths, reset, batch_sizes, batch_first); };
+  if (lengths || batch_sizes) read_rows();
   const auto problem = [&](const Layout& layout) {
-    return cpu_problem(kind, layout, lengths || batch_sizes, storage_of(input), Parts::kAllowed);
+    return cpu_problem(kind, layout, table && table->ragged(), storage_of(input), Parts::kAllowed);
   };
-  if (!side_by_side(problem(first), problem(above), layers, cpu_machine(cpu_threads()))) {
-    return std::nullopt;
-  }
+  if (!side_by_side(problem(first), problem(above), layers, cpu_machine(cpu_threads()))) return std::nullopt;
+  if (!table) read_rows();
   RECORD_FUNCTION(std::string("fastrnn::") + name_of(kind) + "_layers", std::vector<c10::IValue>{input});
-  const RowTable table(first, input, lengths, reset, batch_sizes, batch_first);
   return with_type(input, [&](auto zero) {
     using T = decltype(zero);
-    std::optional<Tensors> results = run<T>(kind, stack, input, table, Parts::kAllowed, check);
-    if (!results) results = run<T>(kind, stack, input, table, Parts::kNone, check);
+    std::optional<Tensors> results = run<T>(kind, stack, input, *table, Parts::kAllowed, check);
+    if (!results) results = run<T>(kind, stack, input, *table, Parts::kNone, check);
     for (Tensor& t : *results) t = to_type(t, input.scalar_type());
     return results;
   });
