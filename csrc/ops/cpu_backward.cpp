@@ -50,182 +50,253 @@ Tensor copy_previous(const Rows& rows, const StepRange& range, const int64_t* of
   return previous;
 }
 
+// One call. Computes in T; weights, states and inputs are multiplied in bfloat16 where the layer has that and the machine
+// can.
 template <class T>
-Tensors backward(CellKind kind, const Layout& l, const OptionalTensors& grad_outputs, const Tensor& input,
-                 const Tensors& hx, const Tensors& weights, const RowTable& table, const Tensor& output,
-                 const Tensor& stored_reserve, bool batch_first, const Mask& mask, int64_t groups, Parts parts) {
-  const CellTraits& cell = traits(kind);
-  const Sizes z(l);
-  const auto options = input.options().dtype(scalar_type<T>);
-  const Rows& rows = table.rows();
-  const int64_t total = table.total(), directions = l.directions;
-  constexpr int64_t kFewRows = 4;
-  const bool in_bf16 = input.scalar_type() == at::kBFloat16 && (cpu_machine(1).bf16 || total <= kFewRows);
-  const auto product = in_bf16 ? at::kBFloat16 : scalar_type<T>;
-  // a window's rows must follow one another, and what they add to a sum must not be rounded to bfloat16
-  const bool in_order = rows.batch_stride == 1 || z.batch == 1 || table.padded();
-  const bool in_windows = in_order && groups == 0 && !in_bf16;
-  CpuProblem problem = cpu_problem(kind, l, table.ragged(), storage_of(input), parts);
-  problem.backward = true;
-  problem.in_windows = in_windows;
-  const Scan scan = make_scan(kind, problem, table, cpu_threads());
-  const bool rounded = in_bf16 && scan.plan.parts == 1;  // all that is made of the gate gradients are such products
+class LayerBackward {
+ public:
+  // hx, weights and output: contiguous. All but `parts` has to outlive it.
+  LayerBackward(CellKind kind, const Layout& layout, const RowTable& table, const OptionalTensors& grad_outputs,
+                const Tensor& input, const Tensors& hx, const Tensors& weights, const Tensor& output,
+                const Tensor& reserve, bool batch_first, const Mask& mask, int64_t groups, Parts parts)
+      : cell_(traits(kind)),
+        layout_(layout),
+        sizes_(layout),
+        table_(table),
+        input_(input),
+        output_(output),
+        weights_(weights),
+        arguments_{kind, layout_, sizes_, {}, hx, factors_, batch_first, mask, groups},
+        product_(product_type(input, table)),
+        scan_(make_scan(kind, problem(parts), table, cpu_threads())),
+        valid_(table.valid_rows()),
+        dense_(valid_ && groups == 0),
+        x_(input.reshape({table.total(), sizes_.inputs})),
+        reserve_(as<T>(reserve)),
+        h0_(cell_.carries_h && !hx.empty() ? as<T>(hx[0]) : Tensor()),
+        c0_(hx.size() > 1 ? as<T>(hx[1]) : Tensor()) {
+    read_arguments(grad_outputs);
+    allocate();
+    for (int d = 0; d < layout.directions; ++d) set_params(d);
+  }
+  LayerBackward(const LayerBackward&) = delete;  // arguments_ points into it
+  LayerBackward& operator=(const LayerBackward&) = delete;
+
+  // In the order of input, hx, weights; none if all has to be done again with Parts::kNone.
+  Tensors run() {
+    LayerGradients gradients(arguments_, table_.total(), products());
+    const auto& kernels = cpu_kernels().get<T>(arguments_.kind);
+    if (windows_) {
+      Scan one = scan_;
+      one.directions = 1;
+      const Scratch scratch(kernels.backward_scratch(one));
+      for (int d = 0; d < layout_.directions; ++d) {
+        windows_->each(one, d == 1, gates_[d], [&](const Scan& window, const StepRange& range, const Tensor& gates) {
+          kernels.backward(window, &params_[d], scratch.get());
+          add(gradients, d, range, gates);
+        });
+      }
+    } else {
+      kernels.backward(scan_, params_, Scratch(kernels.backward_scratch(scan_)).get());
+      const StepRange all{0, sizes_.steps, 0, count()};
+      for (int d = 0; d < layout_.directions; ++d) {
+        add(gradients, d, all, gates_[d]);
+        if (layout_.projected) gradients.add_projection(d, projected_[d].to(product_), select(activations(d), all));
+      }
+    }
+    return finish(gradients);
+  }
+
+ private:
+  static at::ScalarType product_type(const Tensor& input, const RowTable& table) {
+    constexpr int64_t kFewRows = 4;
+    const bool in_bf16 = input.scalar_type() == at::kBFloat16 && (cpu_machine(1).bf16 || table.total() <= kFewRows);
+    return in_bf16 ? at::kBFloat16 : scalar_type<T>;
+  }
+  bool in_bf16() const { return product_ != scalar_type<T>; }
+  // All that is made of the gate gradients are products of bfloat16.
+  bool rounded() const { return in_bf16() && scan_.plan.parts == 1; }
+
+  CpuProblem problem(Parts parts) const {
+    const Rows& rows = table_.rows();
+    CpuProblem problem = cpu_problem(arguments_.kind, layout_, table_.ragged(), storage_of(input_), parts);
+    problem.backward = true;
+    // a window's rows must follow one another, and what they add to a sum must not be rounded to bfloat16
+    const bool in_order = rows.batch_stride == 1 || rows.batch == 1 || table_.padded();
+    problem.in_windows = in_order && arguments_.groups == 0 && !in_bf16();
+    return problem;
+  }
+
+  void read_arguments(const OptionalTensors& grad_outputs) {
+    const Layout& l = layout_;
+    factors_.resize(weights_.size());
+    for (int d = 0; d < l.directions; ++d) {
+      if (arguments_.wants_input()) factors_[l.w_ih(d)] = to_type(weights_[l.w_ih(d)], product_);
+      if (arguments_.wants_state(0)) factors_[l.w_hh(d)] = to_type(weights_[l.w_hh(d)], product_);
+    }
+    for (size_t i = 0; i < grad_outputs.size(); ++i) {
+      const Tensor grad = or_undefined(grad_outputs.get(i));
+      const bool as_stored = i == 0 && grad.defined();  // the output's, which the scan converts
+      arguments_.grads.push_back(as_stored ? grad.contiguous() : as<T>(grad));
+    }
+  }
 
   // Rows beyond a length are left out of every product, so that nothing of them, NaN included, enters one: gradients lie
   // row after row as the scan visits them. Groups need all rows where they were, and zeros in those.
-  const std::optional<Tensor> valid = table.valid_rows();
-  const bool dense = valid && groups == 0;
-  const std::vector<int64_t> visited = dense || scan.plan.window > 0 ? table.visited_before() : std::vector<int64_t>();
-  const int64_t* offset = dense ? visited.data() : nullptr;  // [T] the row of a step's first gradient
-  const int64_t count = dense ? valid->numel() : total;
-  const StepRange all{0, z.steps, 0, count};
-  const auto places = [&](const StepRange& range) { return valid->narrow(0, range.first, range.rows); };
-  const auto select = [&](const Tensor& data, const StepRange& range) {  // [total, columns] -> [range.rows, columns]
-    if (!valid) return to_type(rows_of(data, range.first, range.rows), product);
-    if (dense) return data.index_select(0, places(range)).to(product);
-    const Tensor kept = data.index_select(0, *valid).to(product);
-    return zeros(data.sizes(), kept.options()).index_copy_(0, *valid, kept);
-  };
-
-  Tensors factors(weights.size());
-  const Tensor x = input.reshape({total, z.inputs});
-  BackwardArguments a{kind, l, z, {}, hx, factors, batch_first, mask, groups};
-  for (int d = 0; d < l.directions; ++d) {
-    if (a.wants_input()) factors[l.w_ih(d)] = to_type(weights[l.w_ih(d)], product);
-    if (a.wants_state(0)) factors[l.w_hh(d)] = to_type(weights[l.w_hh(d)], product);
+  int64_t count() const { return dense_ ? valid_->numel() : table_.total(); }
+  Tensor places(const StepRange& range) const { return valid_->narrow(0, range.first, range.rows); }
+  // [total, columns] -> [range.rows, columns]
+  Tensor select(const Tensor& data, const StepRange& range) const {
+    if (!valid_) return to_type(rows_of(data, range.first, range.rows), product_);
+    if (dense_) return data.index_select(0, places(range)).to(product_);
+    const Tensor kept = data.index_select(0, *valid_).to(product_);
+    return zeros(data.sizes(), kept.options()).index_copy_(0, *valid_, kept);
   }
-  for (size_t i = 0; i < grad_outputs.size(); ++i) {
-    const Tensor grad = or_undefined(grad_outputs.get(i));
-    const bool as_stored = i == 0 && grad.defined();  // the output's, which the scan converts
-    a.grads.push_back(as_stored ? grad.contiguous() : as<T>(grad));
+  const int64_t* offset() const { return dense_ ? visited_.data() : nullptr; }  // [T] a step's first gradient
+
+  at::TensorOptions options() const { return input_.options().dtype(scalar_type<T>); }
+  int64_t gate_columns() const { return (cell_.gates + cell_.separate) * sizes_.units; }
+
+  Tensor allocate_rows(int64_t height, int64_t columns, at::ScalarType type) const {
+    const auto of = options().dtype(type);
+    return with_huge_pages(valid_ && !dense_ ? zeros({height, columns}, of) : empty({height, columns}, of));
   }
-  const Tensor reserve = as<T>(stored_reserve);
-  const Tensor h0 = cell.carries_h && !hx.empty() ? as<T>(hx[0]) : Tensor();
-  const Tensor c0 = hx.size() > 1 ? as<T>(hx[1]) : Tensor();
-  const Tensors& grads = a.grads;
-  const bool has_cell = cell.states > 1;
-  const bool has_steps = grads.size() > static_cast<size_t>(1 + cell.states);
+  void allocate() {
+    const Sizes& z = sizes_;
+    const int64_t window = scan_.plan.window;
+    if (dense_ || window > 0) visited_ = table_.visited_before();
+    if (window > 0) windows_.emplace(table_.rows(), visited_, window);
+    const auto gate_type = rounded() ? product_ : scalar_type<T>;
+    for (int d = 0; d < z.directions; ++d) {
+      const bool shared = windows_ && d > 0;  // directions in windows come one after the other
+      gates_[d] = shared ? gates_[0] : allocate_rows(windows_ ? windows_->rows() : count(), gate_columns(), gate_type);
+      if (layout_.projected) projected_[d] = allocate_rows(count(), z.outputs, scalar_type<T>);
+    }
+    carry_ = zeros({z.directions, z.batch, z.units}, options());
+    if (arguments_.wants_states()) grad_first_ = empty({z.directions, z.batch, cell_.gates * z.units}, options());
+  }
 
-  const int64_t gate_columns = (cell.gates + cell.separate) * z.units;
-  const int64_t together = (cell.gates - cell.separate) * z.units;
-  const int64_t reserve_columns = reserve.size(-1);
-  const auto allocate = [&](int64_t height, int64_t columns, at::ScalarType type) {
-    const auto of = options.dtype(type);
-    return with_huge_pages(valid && !dense ? zeros({height, columns}, of) : empty({height, columns}, of));
-  };
-  const auto gate_type = rounded ? product : scalar_type<T>;
-  std::optional<Windows> windows;
-  if (scan.plan.window > 0) windows.emplace(rows, visited, scan.plan.window);
-  Tensor all_gates[2];  // [rows, (G+S)*H]
-  if (windows) all_gates[0] = all_gates[1] = allocate(windows->rows(), gate_columns, gate_type);
-
-  BackwardParams<T> params[2];
-  Tensor grad_projected[2];
-  const Tensor carry = zeros({directions, z.batch, z.units}, options);
-  const Tensor grad_first = a.wants_states() ? empty({directions, z.batch, cell.gates * z.units}, options) : Tensor();
-  for (int d = 0; d < l.directions; ++d) {
-    if (!windows) all_gates[d] = allocate(count, gate_columns, gate_type);
-    if (l.projected) grad_projected[d] = allocate(count, z.outputs, scalar_type<T>);
-    BackwardParams<T>& p = params[d];
+  void set_params(int d) {
+    const Layout& l = layout_;
+    const Sizes& z = sizes_;
+    const Tensors& grads = arguments_.grads;
+    BackwardParams<T>& p = params_[d];
     p.reverse = d == 1;
-    p.w_hh = stored<T>(weights[l.w_hh(d)]);
-    if (l.projected) p.w_hr = stored<T>(weights[l.w_hr(d)]);
-    p.reserve = direction(data<T>(reserve), d, total * reserve_columns);
-    p.reserve_stride = reserve_columns;
-    if (cell.carries_h) p.output = direction(stored<T>(output), d, z.outputs);  // h before each step
-    p.output_stride = directions * z.outputs;
-    p.h0 = direction(data<T>(h0), d, z.batch * z.outputs);
-    p.c0 = direction(data<T>(c0), d, z.batch * z.units);
+    p.w_hh = stored<T>(weights_[l.w_hh(d)]);
+    if (l.projected) p.w_hr = stored<T>(weights_[l.w_hr(d)]);
+    p.reserve_stride = reserve_.size(-1);
+    p.reserve = direction(data<T>(reserve_), d, table_.total() * p.reserve_stride);
+    if (cell_.carries_h) p.output = direction(stored<T>(output_), d, z.outputs);  // h before each step
+    p.output_stride = z.directions * z.outputs;
+    p.h0 = direction(data<T>(h0_), d, z.batch * z.outputs);
+    p.c0 = direction(data<T>(c0_), d, z.batch * z.units);
     p.grad_output = direction(stored<T>(grads[0]), d, z.outputs);
-    p.grad_output_stride = directions * z.outputs;
+    p.grad_output_stride = z.directions * z.outputs;
     p.grad_h_n = direction(data<T>(grads[1]), d, z.batch * z.outputs);
-    if (has_cell) p.grad_c_n = direction(data<T>(grads[2]), d, z.batch * z.units);
-    if (has_steps) {
+    if (cell_.states > 1) p.grad_c_n = direction(data<T>(grads[2]), d, z.batch * z.units);
+    if (grads.size() > static_cast<size_t>(1 + cell_.states)) {
       p.grad_cells = direction(data<T>(grads[3]), d, z.units);
-      p.grad_cells_stride = directions * z.units;
+      p.grad_cells_stride = z.directions * z.units;
     }
-    p.grad_offset = windows ? windows->offset() : offset;
-    if (rounded) {
-      p.rounded_gates = all_gates[d].mutable_data_ptr<at::BFloat16>();
+    p.grad_offset = windows_ ? windows_->offset() : offset();
+    if (rounded()) {
+      p.rounded_gates = gates_[d].mutable_data_ptr<at::BFloat16>();
     } else {
-      p.grad_gates = all_gates[d].mutable_data_ptr<T>();
+      p.grad_gates = gates_[d].mutable_data_ptr<T>();
     }
-    if (l.projected) p.grad_projected = grad_projected[d].mutable_data_ptr<T>();
-    p.carry = carry.mutable_data_ptr<T>() + d * z.batch * z.units;
-    if (grad_first.defined()) p.grad_first = grad_first.mutable_data_ptr<T>() + d * z.batch * cell.gates * z.units;
+    if (l.projected) p.grad_projected = projected_[d].mutable_data_ptr<T>();
+    p.carry = carry_.mutable_data_ptr<T>() + d * z.batch * z.units;
+    if (grad_first_.defined()) p.grad_first = grad_first_.mutable_data_ptr<T>() + d * z.batch * cell_.gates * z.units;
   }
 
-  Products products;
-  products.scatter = copy_to_places;
-  if (product == scalar_type<T>) {
-    if (scan.plan.parts <= 1) products.narrow = own_gemm() ? 64 : 256;
-    products.add = [parts = scan.plan.parts](Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
+  Products products() const {
+    Products products;
+    products.scatter = copy_to_places;
+    if (in_bf16()) return products;
+    if (scan_.plan.parts <= 1) products.narrow = own_gemm() ? 64 : 256;
+    products.add = [parts = scan_.plan.parts](Tensor& sum, bool begun, const Tensor& a, const Tensor& b) {
       multiply<T>(parts, cpu_threads(), sum, begun, a, b);
     };
     products.sum = [](Tensor& sum, bool begun, const Tensor& rows) { add_rows<T>(cpu_threads(), sum, begun, rows); };
-  }
-  LayerGradients gradients(a, total, products);
-  // the h that entered some steps
-  const auto states = [&](int d, const StepRange& range) -> std::vector<RowFactor> {
-    if (!a.wants_weight(l.w_hh(d))) return {};
-    const Tensor initial = hx.empty() ? Tensor() : hx[0].select(0, d);
-    if (table.ragged() || rows.reset != nullptr || rows.batch_stride != 1 || groups > 0) {
-      return {{range.first, copy_previous(rows, range, offset, output, d, initial, z.outputs).to(product)}};
-    }
-    // the output itself, a step further on, but for a direction's first step: nothing is copied
-    const int64_t later = total - z.batch, before = d == 0 ? z.batch : 0, after = z.batch - before;
-    const int64_t begin = std::clamp(range.first, before, before + later);
-    const int64_t end = std::clamp(range.first + range.rows, begin, before + later);
-    const Tensor own = columns_of(output.view({total, directions * z.outputs}), d * z.outputs, z.outputs);
-    std::vector<RowFactor> factors{{begin, to_type(rows_of(own, begin - before + after, end - begin), product)}};
-    if (initial.defined()) factors.push_back({d == 0 ? 0 : later, to_type(initial, product)});
-    return factors;
-  };
-  // data: [range.rows, (G+S)*H]
-  const auto add = [&](int d, const StepRange& range, const Tensor& data) {
-    const Tensor gates = to_type(data, product);
-    GateGradients of{range.first, columns_of(gates, 0, cell.gates * z.units), {columns_of(gates, 0, together)}, {}, {}};
-    // the separate gates have their recurrent parts behind those of all gates
-    if (cell.separate > 0) of.recurrent.push_back(columns_of(gates, cell.gates * z.units, cell.separate * z.units));
-    if (a.wants_weight(l.w_ih(d))) of.x = select(x, range);
-    if (dense && a.wants_input()) of.places = places(range);
-    gradients.add(d, of, states(d, range));
-  };
-  const auto& kernels = cpu_kernels().get<T>(kind);
-  if (windows) {
-    Scan one = scan;
-    one.directions = 1;
-    const Scratch scratch(kernels.backward_scratch(one));
-    for (int d = 0; d < l.directions; ++d) {
-      windows->each(one, d == 1, all_gates[d], [&](const Scan& window, const StepRange& range, const Tensor& gates) {
-        kernels.backward(window, &params[d], scratch.get());
-        add(d, range, gates);
-      });
-    }
-  } else {
-    kernels.backward(scan, params, Scratch(kernels.backward_scratch(scan)).get());
-    for (int d = 0; d < l.directions; ++d) {
-      add(d, all, all_gates[d]);
-      if (l.projected) {
-        const Tensor saved = reserve.select(0, d).view({total, reserve_columns});
-        gradients.add_projection(d, grad_projected[d].to(product),
-                                 select(columns_of(saved, cell.saved * z.units, z.units), all));
-      }
-    }
+    return products;
   }
 
-  Tensor empty_rows;
-  if (valid) {
-    empty_rows = at::empty({z.batch, 1}, at::kBool);
-    for (int64_t n = 0; n < z.batch; ++n) empty_rows.mutable_data_ptr<bool>()[n] = rows.length[n] == 0;
+  // The h that entered some steps.
+  std::vector<RowFactor> states(int d, const StepRange& range) const {
+    if (!arguments_.wants_weight(layout_.w_hh(d))) return {};
+    const Sizes& z = sizes_;
+    const Rows& rows = table_.rows();
+    const Tensor initial = arguments_.hx.empty() ? Tensor() : arguments_.hx[0].select(0, d);
+    if (table_.ragged() || rows.reset != nullptr || rows.batch_stride != 1 || arguments_.groups > 0) {
+      const Tensor copy = copy_previous(rows, range, offset(), output_, d, initial, z.outputs);
+      return {{range.first, copy.to(product_)}};
+    }
+    // the output itself, a step further on, but for a direction's first step: nothing is copied
+    const int64_t total = table_.total(), later = total - z.batch;
+    const int64_t before = d == 0 ? z.batch : 0, after = z.batch - before;
+    const int64_t begin = std::clamp(range.first, before, before + later);
+    const int64_t end = std::clamp(range.first + range.rows, begin, before + later);
+    const Tensor own = columns_of(output_.view({total, z.directions * z.outputs}), d * z.outputs, z.outputs);
+    std::vector<RowFactor> factors{{begin, to_type(rows_of(own, begin - before + after, end - begin), product_)}};
+    if (initial.defined()) factors.push_back({d == 0 ? 0 : later, to_type(initial, product_)});
+    return factors;
   }
-  Tensors result = gradients.finish(grad_first.defined() ? to_type(grad_first, product) : grad_first, carry,
-                                    empty_rows);
-  if (dense) clear_padding(table, result[0]);
-  if (scan.plan.parts > 1 && std::any_of(result.begin(), result.end(), has_nan)) return {};
-  if (a.wants_input()) result[0] = result[0].view(input.sizes());
-  return result;
-}
+
+  // What a projection made h of: [total, H].
+  Tensor activations(int d) const {
+    const Tensor saved = reserve_.select(0, d).view({table_.total(), reserve_.size(-1)});
+    return columns_of(saved, cell_.saved * sizes_.units, sizes_.units);
+  }
+
+  // data: [range.rows, (G+S)*H]
+  void add(LayerGradients& gradients, int d, const StepRange& range, const Tensor& data) const {
+    const int64_t all = cell_.gates * sizes_.units, separate = cell_.separate * sizes_.units;
+    const Tensor gates = to_type(data, product_);
+    GateGradients of{range.first, columns_of(gates, 0, all), {columns_of(gates, 0, all - separate)}, {}, {}};
+    // the separate gates have their recurrent parts behind those of all gates
+    if (separate > 0) of.recurrent.push_back(columns_of(gates, all, separate));
+    if (arguments_.wants_weight(layout_.w_ih(d))) of.x = select(x_, range);
+    if (dense_ && arguments_.wants_input()) of.places = places(range);
+    gradients.add(d, of, states(d, range));
+  }
+
+  Tensors finish(LayerGradients& gradients) const {
+    Tensor empty_rows;
+    if (valid_) {
+      empty_rows = at::empty({sizes_.batch, 1}, at::kBool);
+      bool* const is_empty = empty_rows.mutable_data_ptr<bool>();
+      for (int64_t n = 0; n < sizes_.batch; ++n) is_empty[n] = table_.rows().length[n] == 0;
+    }
+    Tensors result = gradients.finish(grad_first_.defined() ? to_type(grad_first_, product_) : grad_first_, carry_,
+                                      empty_rows);
+    if (dense_) clear_padding(table_, result[0]);
+    if (scan_.plan.parts > 1 && std::any_of(result.begin(), result.end(), has_nan)) return {};
+    if (arguments_.wants_input()) result[0] = result[0].view(input_.sizes());
+    return result;
+  }
+
+  const CellTraits& cell_;
+  const Layout& layout_;
+  const Sizes sizes_;
+  const RowTable& table_;
+  const Tensor &input_, &output_;
+  const Tensors& weights_;
+  Tensors factors_;  // those weights that gate gradients are multiplied with
+  BackwardArguments arguments_;
+  const at::ScalarType product_;
+  const Scan scan_;
+  const std::optional<Tensor> valid_;  // the valid rows in the order of visits, if some are not
+  const bool dense_;  // only those have gradients
+  std::vector<int64_t> visited_;  // [T+1] valid rows before each step, and all
+  const Tensor x_;  // [rows, I]
+  const Tensor reserve_, h0_, c0_;
+  std::optional<Windows> windows_;
+  Tensor gates_[2];  // [rows, (G+S)*H]
+  Tensor projected_[2];  // [rows, P]
+  Tensor carry_;  // [D, N, H]
+  Tensor grad_first_;  // [D, N, G*H]
+  BackwardParams<T> params_[2];
+};
 
 template <CellKind kind>
 Tensors layer_backward(const OptionalTensors& grad_outputs, const Tensor& input, TensorList hx, TensorList weights,
@@ -240,9 +311,11 @@ Tensors layer_backward(const OptionalTensors& grad_outputs, const Tensor& input,
   Tensors result = with_type(input, [&](auto zero) {
     using T = decltype(zero);
     const Tensors states = contiguous(hx), w = contiguous(weights);
+    const Tensor h = output.contiguous();
     const auto run = [&](Parts parts) {
-      return backward<T>(kind, l, grad_outputs, input, states, w, table, output.contiguous(), reserve, batch_first,
-                         mask, groups, parts);
+      return LayerBackward<T>(kind, l, table, grad_outputs, input, states, w, h, reserve, batch_first, mask, groups,
+                              parts)
+          .run();
     };
     Tensors gradients = run(Parts::kAllowed);
     return gradients.empty() ? run(Parts::kNone) : gradients;
