@@ -28,7 +28,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Times fastrnn and torch.nn in turn and prints the ratio: above 1, fastrnn is faster.",
-        epilog="cases: " + ", ".join(case.name for case in cases.CASES),
+        epilog=f"cases: {', '.join(case.name for case in cases.CASES)}; only where asked for: "
+        + ", ".join(case.name for case in cases.ODD_CASES + cases.STACKS),
     )
     parser.add_argument(
         "what",

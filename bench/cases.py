@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ RESET_PROBABILITY = 0.03
 
 @dataclass(frozen=True)
 class Case:
-    """One shape of a single-layer, unidirectional recurrent module.
+    """One shape of a unidirectional recurrent module.
 
     Parameters
     ----------
@@ -34,6 +35,8 @@ class Case:
         A new sequence starts at about 3% of the (t, n), as at the end of an episode.
     stateful : bool
         The initial state is given, as it is when the call continues an earlier one; otherwise it is left to be zeros.
+    layers : int
+        The module's ``num_layers``.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Case:
     ragged: bool = False
     resets: bool = False
     stateful: bool = False
+    layers: int = 1
 
     def lengths(self) -> Tensor:
         """Valid steps of each row, int64 ``[N]``, in decreasing order: all T unless the case is ragged."""
@@ -64,25 +68,27 @@ class Case:
         return forward * (3.0 if mode == "training" else 1.0)
 
     def weights(self, cell: str) -> int:
-        """Elements of W_ih and W_hh."""
-        return GATES[cell] * self.hidden_size * (self.input_size + self.hidden_size)
+        """Elements of W_ih and W_hh of all layers."""
+        inputs = self.input_size + (self.layers - 1) * self.hidden_size
+        return GATES[cell] * self.hidden_size * (inputs + self.layers * self.hidden_size)
 
     def weight_bytes(self, cell: str, mode: str) -> float:
         """Bytes of float32 weights that one call moves at least: W_ih once, W_hh at every step; training reads both
         twice as often, and writes a gradient of each.
         """
         once = 4.0 * self.weights(cell)
-        steps = once + 4.0 * (self.steps - 1) * GATES[cell] * self.hidden_size**2
+        steps = once + 4.0 * (self.steps - 1) * self.layers * GATES[cell] * self.hidden_size**2
         return steps if mode == "inference" else 2 * steps + once
 
     @property
     def shape(self) -> str:
         """The sizes as one reads them in a table."""
         steps = f"{self.steps}..{self.lengths().min().item()}" if self.ragged else f"{self.steps}"
-        return f"N{self.batch} T{steps} I{self.input_size} H{self.hidden_size}"
+        layers = f" L{self.layers}" if self.layers > 1 else ""
+        return f"N{self.batch} T{steps} I{self.input_size} H{self.hidden_size}{layers}"
 
 
-def _square(name: str, batch: int, steps: int, hidden_size: int, work: str, **flags: bool) -> Case:
+def _square(name: str, batch: int, steps: int, hidden_size: int, work: str, **flags: Any) -> Case:
     """A case whose input is as wide as its hidden state, as in every layer of a stack but the first."""
     return Case(f"{name}-{hidden_size}", batch, steps, hidden_size, hidden_size, work, **flags)
 
@@ -115,9 +121,18 @@ ODD_CASES: tuple[Case, ...] = (
 )
 
 
+# Of which several threads take a layer each, where that is faster than one layer after another.
+STACKS: tuple[Case, ...] = (
+    _square("stack", 1, 128, 64, "one utterance at a time, two layers", layers=2),
+    _square("stack", 4, 128, 128, "a few utterances, two layers", layers=2),
+    Case("stack-33", 3, 200, 80, 33, "odd sizes, three layers", layers=3),
+    _square("stack", 16, 64, 256, "language models, two layers", layers=2),
+)
+
+
 def every_case() -> tuple[Case, ...]:
-    """Those of the table, then the odd ones."""
-    return CASES + ODD_CASES
+    """Those of the table, then the odd ones, then stacks of layers."""
+    return CASES + ODD_CASES + STACKS
 
 
 def select(patterns: list[str] | None) -> list[Case]:

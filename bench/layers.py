@@ -48,7 +48,7 @@ class Problem:
     case: Case
     cell: str
     input: Tensor  # [T, N, I]
-    hx: State | None  # h0 (LSTM: and c0), each [1, N, H]; None: zeros
+    hx: State | None  # h0 (LSTM: and c0), each [L, N, H]; None: zeros
     reset: Tensor  # bool [T, N]
     grad_output: Tensor  # [T, N, H]
     reference: nn.RNNBase  # the torch.nn module, whose weights all share
@@ -73,13 +73,14 @@ def make_problem(
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        reference = getattr(nn, CLASSES[cell])(case.input_size, case.hidden_size).to(device, dtype)
+        reference = getattr(nn, CLASSES[cell])(case.input_size, case.hidden_size, case.layers).to(device, dtype)
     hx: State | None = None
     if case.stateful:
         # Within (-1, 1), as a hidden state is.
-        hx = random(1, case.batch, case.hidden_size).tanh()
+        state = (case.layers, case.batch, case.hidden_size)
+        hx = random(*state).tanh()
         if cell == "lstm":
-            hx = (hx, random(1, case.batch, case.hidden_size))
+            hx = (hx, random(*state))
     return Problem(
         case=case,
         cell=cell,
@@ -190,15 +191,15 @@ def _stepwise(module: nn.RNNBase, problem: Problem) -> TrainableVariant:
 
 def variants(problem: Problem) -> list[TrainableVariant]:
     """The implementations in torch.nn and fastrnn of a problem's work, torch's own first."""
-    reference = problem.reference
-    module = getattr(load_fastrnn(), CLASSES[problem.cell])(problem.case.input_size, problem.case.hidden_size)
+    reference, case = problem.reference, problem.case
+    module = getattr(load_fastrnn(), CLASSES[problem.cell])(case.input_size, case.hidden_size, case.layers)
     module = module.to(problem.input.device, problem.dtype)
     module.load_state_dict(reference.state_dict())
-    if problem.case.ragged:
-        with_lengths = _plain("fastrnn-lengths", module, problem, lengths=problem.case.lengths())
+    if case.ragged:
+        with_lengths = _plain("fastrnn-lengths", module, problem, lengths=case.lengths())
         padded = _whole("fastrnn-padded", module, problem)
         return [_packed("torch", reference, problem), _packed("fastrnn", module, problem), with_lengths, padded]
-    if problem.case.resets:
+    if case.resets:
         # torch.nn has no resets: its time is that of the plain call, which does less and gives another result. What
         # gives the same result is a loop over the steps, timed beside it.
         ours, loop = _plain("fastrnn", module, problem, reset=problem.reset), _stepwise(reference, problem)

@@ -1,4 +1,4 @@
-"""Other runtimes as peers in inference: ONNX Runtime and OpenVINO, each on a graph of one recurrent node."""
+"""Other runtimes as peers in inference: ONNX Runtime and OpenVINO, on a graph with a recurrent node for each layer."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def onnx_model(problem: Problem) -> bytes:
 def recurrent_graph(
     module: nn.RNNBase, steps: int, batch: int, given: Sequence[str], outputs: Sequence[str] = ("Y",)
 ) -> bytes:
-    """A serialised ONNX graph of one node: a time-major module of torch.nn with one layer, in float32.
+    """A serialised ONNX graph of one node for each layer: a time-major module of torch.nn in float32.
 
     Parameters
     ----------
     module : nn.RNNBase
-        RNN, LSTM without projection or GRU, with biases.
+        RNN, LSTM without projection or GRU, with biases. Several layers: of one direction, from zeros, for Y alone.
     steps, batch : int
         T and N, fixed in the graph.
     given : sequence of str
@@ -71,15 +71,22 @@ def recurrent_graph(
     onnx = _require("onnx")
     helper, float32, int32 = onnx.helper, onnx.TensorProto.FLOAT, onnx.TensorProto.INT32
     cell, _, activation = module.mode.lower().partition("_")
-    directions = 2 if module.bidirectional else 1
+    directions, layers = 2 if module.bidirectional else 1, module.num_layers
+    if layers > 1 and (directions > 1 or {"h0", "c0"} & {*given} or {"Y_h", "Y_c"} & {*outputs}):
+        raise ValueError("a graph of several layers has one direction, and neither takes nor gives their states")
+    initializers = []
 
-    def weight(name: str, *parameters: str) -> Any:
+    def constant(name: str, value: Tensor) -> str:
+        initializers.append(onnx.numpy_helper.from_array(value.numpy(), name))
+        return name
+
+    def weight(name: str, layer: int, *parameters: str) -> str:
         """Parameters of torch, gates reordered, one after the other, direction by direction."""
-        suffixes = ("", "_reverse")[:directions]
         parts = [
-            [_reorder(getattr(module, parameter + suffix), cell) for parameter in parameters] for suffix in suffixes
+            torch.cat([_reorder(getattr(module, f"{parameter}_l{layer}{suffix}"), cell) for parameter in parameters])
+            for suffix in ("", "_reverse")[:directions]
         ]
-        return onnx.numpy_helper.from_array(torch.stack([torch.cat(part) for part in parts]).numpy(), name)
+        return constant(f"{name}{layer}", torch.stack(parts))
 
     state = [directions, batch, module.hidden_size]
     sizes = {"X": [steps, batch, module.input_size], "lengths": [batch], "h0": state, "c0": state}
@@ -91,19 +98,26 @@ def recurrent_graph(
         attributes["activations"] = [activation.capitalize()] * directions
     results = ("Y", "Y_h", "Y_c") if cell == "lstm" else ("Y", "Y_h")
     optional = ("lengths", "h0", "c0") if cell == "lstm" else ("lengths", "h0")
-    node = helper.make_node(
-        cell.upper(),
-        ["X", "W", "R", "B", *(name if name in given else "" for name in optional)],
-        [name if name in outputs else "" for name in results],
-        hidden_size=module.hidden_size,
-        **attributes,
-    )
+    nodes, x = [], "X"
+    for layer in range(layers):
+        last = layer == layers - 1
+        parameters = [
+            weight("W", layer, "weight_ih"),
+            weight("R", layer, "weight_hh"),
+            weight("B", layer, "bias_ih", "bias_hh"),
+        ]
+        inputs = [x, *parameters, *(name if name in given else "" for name in optional)]
+        made = [name if name in outputs else "" for name in results] if last else [f"Y{layer}"]
+        nodes.append(helper.make_node(cell.upper(), inputs, made, hidden_size=module.hidden_size, **attributes))
+        if not last:  # the next layer's input has no dimension of directions
+            x = f"X{layer + 1}"
+            nodes.append(helper.make_node("Squeeze", [f"Y{layer}", constant(f"axis{layer}", torch.tensor([1]))], [x]))
     graph = helper.make_graph(
-        [node],
+        nodes,
         cell,
         [helper.make_tensor_value_info(name, int32 if name == "lengths" else float32, sizes[name]) for name in given],
         [helper.make_tensor_value_info(name, float32, sizes[name]) for name in outputs],
-        [weight("W", "weight_ih_l0"), weight("R", "weight_hh_l0"), weight("B", "bias_ih_l0", "bias_hh_l0")],
+        initializers,
     )
     # Versions that runtimes of the last years read; the helper's own default may be newer than the runtime.
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8)

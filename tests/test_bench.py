@@ -26,6 +26,7 @@ TINY_VARIANTS = [
     cases.Case("tiny-stream", 1, 1, 4, 4, "a test", stateful=True),
     cases.Case("tiny-ragged", 3, 40, 4, 6, "a test", ragged=True),
     cases.Case("tiny-rl", 3, 40, 4, 6, "a test", resets=True, stateful=True),
+    cases.Case("tiny-stack", 3, 40, 4, 6, "a test", layers=3),
 ]
 
 
@@ -133,6 +134,16 @@ def test_cases():
     assert not TINY.reset(torch.Generator()).any()
 
 
+@pytest.mark.parametrize("cell", cases.CELLS)
+@pytest.mark.parametrize("case", [TINY, *cases.STACKS], ids=lambda case: case.name)
+def test_weights_of_a_case(case, cell):
+    reference = layers.make_problem(case, cell).reference
+    matrices = [weight for weight in reference.parameters() if weight.dim() == 2]
+    assert case.weights(cell) == sum(weight.numel() for weight in matrices)
+    recurrent = sum(weight.numel() for name, weight in reference.named_parameters() if name.startswith("weight_hh"))
+    assert case.weight_bytes(cell, "inference") == 4 * (case.weights(cell) + (case.steps - 1) * recurrent)
+
+
 def test_select():
     assert [case.name for case in cases.select(["nlp", "stream-*"])] == [
         "stream-64",
@@ -142,6 +153,7 @@ def test_select():
     ]
     assert cases.select(None) == list(cases.CASES)
     assert [case.name for case in cases.select(["odd-1*"])] == ["odd-1", "odd-17"]  # only where they are asked for
+    assert [case.name for case in cases.select(["stack-*"])] == [case.name for case in cases.STACKS]
     with pytest.raises(ValueError, match="no case matches 'speach'; the cases are stream-64"):
         cases.select(["speach"])
 
@@ -217,6 +229,18 @@ def test_peers_agree(case, cell, peer):
 
     problem = layers.make_problem(case, cell)
     layers.check(problem, [layers.variants(problem)[0], peer_variant(peer, problem, threads=1)], "inference")
+
+
+def test_a_graph_of_a_stack_has_no_states():
+    pytest.importorskip("onnx")
+    from bench.peers import recurrent_graph
+
+    net = nn.LSTM(4, 6, 2)
+    for given, outputs in (["X", "h0", "c0"], ["Y"]), (["X"], ["Y", "Y_h"]):
+        with pytest.raises(ValueError, match="several layers"):
+            recurrent_graph(net, 3, 5, given, outputs)
+    with pytest.raises(ValueError, match="one direction"):
+        recurrent_graph(nn.LSTM(4, 6, 2, bidirectional=True), 3, 5, ["X"])
 
 
 def test_wrong_results_are_not_timed():
