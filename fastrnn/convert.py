@@ -1,5 +1,6 @@
 """Swap torch.nn's recurrent modules for fastrnn's over a whole model, and back."""
 
+import sys
 import warnings
 import weakref
 
@@ -73,12 +74,20 @@ def _swap(model: Module, targets: dict[type[Module], type[Module]]) -> Module:
         for name, child in parent._modules.items():
             if child in swapped:
                 parent._modules[name] = swapped[child]
+                if _is_compiled(parent):  # its forward is bound to the module that it compiles
+                    parent._initialize()  # type: ignore[operator]
     if left_alone:
         listing = ", ".join(
             f"{name} ({before.__module__}.{before.__qualname__})" for name, before in left_alone.items()
         )
         warnings.warn(f"Subclasses of recurrent modules are left as they are: {listing}", stacklevel=3)
     return swapped.get(model, model)
+
+
+def _is_compiled(module: Module) -> bool:
+    """Whether it is what torch.compile makes of a module. To import that class takes seconds."""
+    loaded = sys.modules.get("torch._dynamo.eval_frame")
+    return loaded is not None and isinstance(module, loaded.OptimizedModule)
 
 
 def _rebuild(module: Module, target: type[Module]) -> Module:

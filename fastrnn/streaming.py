@@ -1,15 +1,22 @@
 """Sessions: a module's layers run step by step, with packed weights and a state of their own."""
 
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from . import _backend, reference
 from ._stack import stack
-from .modules import _CELLS
+from .modules import _CELLS, GRU, LSTM, RNN
 
 __all__ = ["StreamingSession"]
+
+_FORWARDS = [library.forward for library in (RNN, LSTM, GRU, torch.nn.RNN, torch.nn.LSTM, torch.nn.GRU)]
 
 
 class StreamingSession:
@@ -17,6 +24,7 @@ class StreamingSession:
 
     The weights are a packed snapshot, the state belongs to the session. Nothing is recorded for autograd, and there is
     no dropout, as in ``module.eval()``. One thread at a time may use a session; sessions are independent of each other.
+    A copied or unpickled session has the copied state, and takes the weights that the copied module has then.
 
     Parameters
     ----------
@@ -34,9 +42,11 @@ class StreamingSession:
     Raises
     ------
     TypeError
-        For another module, and for a weight_dtype that is none of the above.
+        For another module, one whose class has a forward of its own, which a session would not run, and for a
+        weight_dtype that is none of the above.
     ValueError
-        For a bidirectional module, one on another device, batch_size < 1, and float64 with another weight_dtype.
+        For a bidirectional module, one on another device, one whose layers are not of one size, batch_size < 1 or too
+        large, and float64 with another weight_dtype.
 
     Examples
     --------
@@ -48,6 +58,8 @@ class StreamingSession:
     def __init__(self, module: torch.nn.RNNBase, batch_size: int = 1, weight_dtype: torch.dtype | None = None) -> None:
         if not isinstance(module, torch.nn.RNNBase) or module.mode not in _CELLS:
             raise TypeError(f"module should be an RNN, LSTM or GRU, got: {type(module).__name__}")
+        if type(module).forward not in _FORWARDS:
+            raise TypeError(f"{type(module).__name__} has a forward of its own, which a session would not run")
         if module.bidirectional:
             raise ValueError(
                 "a bidirectional module cannot be streamed: its reverse direction begins with the last step, "
@@ -73,7 +85,12 @@ class StreamingSession:
         )
 
     def _weights(self) -> list[Tensor]:
-        """As they are now; by attribute, for those of a parametrization or a pruning hook."""
+        """As they are now; by attribute, for those of a parametrization or of a hook that sets them before forward."""
+        for hook in self.module._forward_pre_hooks.values():
+            if isinstance(hook, SpectralNorm):
+                setattr(self.module, hook.name, hook.compute_weight(self.module, do_power_iteration=False))
+            elif isinstance(hook, BasePruningMethod | WeightNorm):
+                hook(self.module, ())
         weights = [getattr(self.module, name).detach() for name in self.module._flat_weights_names]
         for weight in weights:
             if not weight.is_cpu:
@@ -180,6 +197,18 @@ class StreamingSession:
         """
         self._session.refresh(self._weights())
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "module": self.module,
+            "batch_size": self.batch_size,
+            "weight_dtype": self.weight_dtype,
+            "state": self.state,
+        }
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        self.__init__(values["module"], values["batch_size"], values["weight_dtype"])  # type: ignore[misc]
+        self.state = values["state"]
+
     def __repr__(self) -> str:
         kept = f"weights in {str(self.weight_dtype).removeprefix('torch.')}"
         if isinstance(self._session, _PythonSession):
@@ -219,6 +248,13 @@ class _PythonSession:
         self.dtype = weights[0].dtype
         self.compute = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.shapes = [weight.shape for weight in weights]
+        per_layer = len(weights) // num_layers
+        if any(
+            self.shapes[1:per_layer] != self.shapes[first + 1 : first + per_layer]
+            for first in range(0, len(weights), per_layer)
+        ):
+            raise ValueError(f"the layers should be of one size, got weights of: {[list(s) for s in self.shapes]}")
+        self.in_use = threading.Lock()
         self.states: list[Tensor] = []
         self.refresh(weights)
         self.reset(None)
@@ -245,7 +281,8 @@ class _PythonSession:
         inputs = self.weights[0].shape[1]
         unbatched = x.dim() == 2 and self.batch == 1
         batch_dim = 0 if self.batch_first else 1
-        if x.shape[-1] != inputs or not (unbatched or (x.dim() == 3 and x.shape[batch_dim] == self.batch)):
+        batched = x.dim() == 3 and x.shape[batch_dim] == self.batch
+        if not (unbatched or batched) or x.shape[-1] != inputs:
             layout = "(N, T, I)" if self.batch_first else "(T, N, I)"
             raise ValueError(
                 f"x should have the shape {'(T, I) or ' if self.batch == 1 else ''}{layout} with N = {self.batch} "
@@ -259,19 +296,24 @@ class _PythonSession:
         return output if out is None else out.copy_(output)
 
     def _run(self, x: Tensor, batch_first: bool) -> Tensor:
-        with torch.no_grad():
-            biases = any(len(shape) == 1 for shape in self.shapes)
-            output, states, _ = stack(
-                self.cell, x.to(self.compute), self.states, self.weights, biases, self.layers, 0.0, False, False,
-                batch_first,
-            )  # fmt: skip
-        self.states = list(states)
+        if not self.in_use.acquire(blocking=False):
+            raise RuntimeError("a session is used by one thread at a time")
+        try:
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                biases = any(len(shape) == 1 for shape in self.shapes)
+                output, states, _ = stack(
+                    self.cell, x.to(self.compute), self.states, self.weights, biases, self.layers, 0.0, False, False,
+                    batch_first,
+                )  # fmt: skip
+            self.states = list(states)
+        finally:
+            self.in_use.release()
         return output.to(self.dtype)
 
     def _check(self, tensor: Any, name: str) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} should be a Tensor, got: {type(tensor).__name__}")
-        if not tensor.is_cpu or tensor.layout != torch.strided:
+        if not tensor.is_cpu or tensor.layout != torch.strided or is_functorch_wrapped_tensor(tensor):
             raise ValueError(f"{name} should be a plain tensor on the CPU, got one on {tensor.device}")
         if tensor.dtype != self.dtype:
             raise TypeError(f"{name} should be of the module's dtype {self.dtype}, got: {tensor.dtype}")
@@ -285,6 +327,10 @@ class _PythonSession:
             raise ValueError(f"out should have the shape {list(shape)}, got: {list(out.shape)}")
         if out.requires_grad:
             raise ValueError("out should not require grad: a session records nothing")
+        if torch._debug_has_internal_overlap(out) == 1:
+            raise ValueError("out should not share memory between its elements")
+        if out.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError("out was made in inference mode, and cannot be written outside of it")
 
     def state(self) -> list[Tensor]:
         return [state.clone() for state in self.states]
@@ -306,7 +352,8 @@ class _PythonSession:
         if mask is None:
             spec = reference.CELLS[self.cell]
             sizes = [self.shapes[1][1], self.shapes[1][0] // spec.gates]
-            self.states = [torch.zeros(self.layers, self.batch, s, dtype=self.compute) for s in sizes[: spec.states]]
+            options: Any = {"dtype": self.compute, "device": "cpu"}
+            self.states = [torch.zeros(self.layers, self.batch, s, **options) for s in sizes[: spec.states]]
             return
         if not isinstance(mask, Tensor):
             raise TypeError(f"mask should be a Tensor, got: {type(mask).__name__}")

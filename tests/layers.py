@@ -141,7 +141,7 @@ LAYERS = [
 # A line of a kernel, what takes its place, and a case in which that shows. (That the backward scan's operand is there
 # twice shows in no schedule of the emulator's: products read ahead, and a warp would have to fall behind by a step.)
 FAULTS = {
-    "no wait forward": ("persistent_forward.cuh", "turn.wait(s + 1);", ";", 0),
+    "no wait forward": ("persistent_forward.cuh", "turn.wait(s + 1, active);", ";", 0),
     "no wait backward": ("persistent_backward.cuh", "turn.wait(s + 1);", "", 0),
     "one buffer of h": ("persistent_forward.cuh", "(s + 1) % 2 * of_h", "s % 2 * of_h", 0),
     "one inbox": ("persistent_backward.cuh", "(s + 1) % 2 * of_inbox", "s % 2 * of_inbox", 0),

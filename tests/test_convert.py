@@ -161,6 +161,23 @@ def test_nothing_is_said_about_what_is_fine():
         fastrnn.to_torch(torch.nn.LSTM(3, 5))
 
 
+@pytest.mark.parametrize("root", [True, False])
+def test_what_torch_compile_made_of_a_module(root):
+    """It runs the new module, which modes and hooks reach."""
+    compiled = torch.compile(torch.nn.LSTM(5, 17, 2, dropout=0.9), backend="eager")
+    model = compiled if root else torch.nn.Sequential(compiled)
+    input = torch.randn(4, 2, 5)
+    expected = model.eval()(input)[0]
+    assert fastrnn.convert(model.train()) is model
+    model.eval()
+    calls = []
+    inner = compiled._orig_mod
+    assert type(inner) is fastrnn.LSTM
+    inner.register_forward_hook(lambda module, *_: calls.append(type(module)))
+    torch.testing.assert_close(model(input)[0], expected)
+    assert calls == [fastrnn.LSTM]
+
+
 def test_compiled_module_says_so():
     model = torch.nn.Sequential(torch.nn.GRU(3, 5))
     model[0].compile(backend="eager")

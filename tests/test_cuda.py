@@ -220,6 +220,19 @@ def test_autocast(dtype, device):
     assert all(weight.grad.dtype == torch.float32 and weight.grad.any() for weight in net.parameters())
 
 
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_backward_in_float32_whatever_autocast_says_there(name, device):
+    """Sums over so many rows are made of several, by ops that autocast would round."""
+    net, input = getattr(fastrnn, name)(17, 33).to(device), torch.randn(129, 17, 17, device=device)
+    weights = list(net.parameters())
+    loss = net(input)[0].square().sum()
+    expected = torch.autograd.grad(loss, weights, retain_graph=True)
+    with torch.autocast(device, torch.bfloat16):
+        found = torch.autograd.grad(loss, weights)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_convert(device):
     theirs = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.GRU(5, 17, 2, bidirectional=True)).to(device)
     input = torch.randn(7, 3, 3, device=device)

@@ -191,6 +191,29 @@ def test_autocast_leaves_float64_alone(name, backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_backward_in_float32_whatever_autocast_says_there(name, dtype, native):
+    """Autocast is on where backward is called; the layer was called without. Also of each row for itself."""
+    net, input = getattr(fastrnn, name)(17, 33), torch.randn(17, 3, 17)
+    weights = dict(net.named_parameters())
+
+    def loss(weights, row):
+        with torch.autocast("cpu", enabled=False):
+            return torch.func.functional_call(net, weights, row[:, None])[0].square().sum()
+
+    def gradients():
+        every_row = torch.func.vmap(torch.func.grad(loss), (None, 1))(weights, input)
+        return [*torch.autograd.grad(output, list(weights.values()), retain_graph=True), *every_row.values()]
+
+    output = net(input)[0].square().sum()
+    expected = gradients()
+    with torch.autocast("cpu", dtype):
+        found = gradients()
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["GRU", "GRUCell", "LSTMCell"])
 def test_torch_returns_float32_there(name, dtype):
     """What docs/compatibility.md says of torch.nn; where this fails, the difference is gone."""

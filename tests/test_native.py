@@ -255,3 +255,23 @@ def test_backward_op_refuses_groups_that_do_not_divide_the_batch(groups):
     arguments = ([output, None], input, [], weights, None, None, None, output, reserve, False, False, [True] * 3)
     with pytest.raises(RuntimeError, match=r"Expected (groups|the batch) to be"):
         torch.ops.fastrnn.rnn_tanh_layer_backward(*arguments, groups)
+
+
+def test_backward_op_refuses_what_the_forward_op_did_not_save():
+    weights = [torch.randn(5, 4).bfloat16(), torch.randn(5, 5).bfloat16()]
+    input = torch.randn(2, 4, 4).bfloat16()
+    output, _, reserve = torch.ops.fastrnn.rnn_tanh_layer(
+        input, [], weights, None, None, None, False, False, False, True
+    )
+
+    def backward(output, reserve):
+        arguments = (None, None, None, output, reserve, False, False, [True] * 3, 0)
+        return torch.ops.fastrnn.rnn_tanh_layer_backward([output, None], input, [], weights, *arguments)
+
+    assert backward(output, reserve)[0].dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="not the same dtype, found input tensor with BFloat16 and output tensor"):
+        backward(output.float(), reserve)
+    with pytest.raises(RuntimeError, match="Expected a reserve of Float on cpu, got BFloat16 on cpu"):
+        backward(output, reserve.bfloat16())
+    with pytest.raises(RuntimeError, match="Expected a reserve of Float on cpu, got Float on meta"):
+        backward(output, reserve.to("meta"))

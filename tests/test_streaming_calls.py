@@ -1,12 +1,15 @@
 """What a session promises beside its numbers: chunks, states, outputs, refusals, no cost but the step's."""
 
+import copy
 import itertools
+import pickle
 import threading
 
 import pytest
 import torch
 from cases import KINDS, data, module, small, tensors
 from test_streaming import build
+from torch.nn.utils import prune
 
 import fastrnn
 from fastrnn import StreamingSession
@@ -250,6 +253,47 @@ def test_refresh(kind, weight_dtype, backend):
     assert torch.equal(session.chunk(x), fresh.chunk(x))
 
 
+HOOKED = {
+    "pruned": lambda net: prune.l1_unstructured(net, "weight_hh_l0", 0.5),
+    "weight_norm": lambda net: torch.nn.utils.weight_norm(net, "weight_hh_l0"),
+    "spectral_norm": lambda net: torch.nn.utils.spectral_norm(net, "weight_hh_l0"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("how", HOOKED)
+def test_weights_that_a_hook_sets_before_forward(how, backend):
+    """As the next call of the module would have them; vectors of a spectral norm stay what they are."""
+    net = HOOKED[how](build("gru", 5, 17))
+    session, x = StreamingSession(net, 2), torch.randn(4, 2, 5)
+    vectors = {name: value.clone() for name, value in net.named_buffers()}
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(0.5)
+    session.refresh()
+    for name, value in net.named_buffers():
+        assert torch.equal(value, vectors[name])
+    with torch.no_grad():
+        expected = net.eval()(x)[0]
+    for found in (session, StreamingSession(net, 2)):
+        torch.testing.assert_close(found.chunk(x), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("weight_dtype", [None, torch.int8])
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda session: pickle.loads(pickle.dumps(session))])
+def test_copies(way, weight_dtype, backend):
+    """They go on where the session was, by themselves."""
+    session, x = StreamingSession(build("lstm", 5, 17, 2), 3, weight_dtype), torch.randn(4, 3, 5)
+    session.chunk(x)
+    twin = way(session)
+    assert twin.module is not session.module
+    expected = session.chunk(x)
+    assert torch.equal(twin.chunk(x), expected)
+    holder = torch.nn.Linear(3, 4)
+    holder.session = session
+    assert torch.equal(way(holder).session.chunk(x), session.chunk(x))
+
+
 def test_refresh_refuses_another_dtype(backend):
     net = build("gru")
     session = StreamingSession(net)
@@ -298,6 +342,71 @@ def test_modules_that_are_refused(backend):
         StreamingSession(fastrnn.GRU(3, 4).double(), weight_dtype=torch.int8)
 
 
+class Doubled(torch.nn.GRU):
+    def forward(self, input, hx=None):
+        output, h_n = super().forward(input, hx)
+        return 2 * output, h_n
+
+
+def test_a_forward_of_its_own_is_refused(backend):
+    with pytest.raises(TypeError, match="Doubled has a forward of its own"):
+        StreamingSession(Doubled(3, 4))
+
+
+@pytest.mark.parametrize("units", [3, 129])
+def test_layers_of_unequal_sizes_are_refused(units, backend):
+    """As their module refuses them; their states would not be one tensor."""
+    net, below = build("lstm", 5, 17, 2), fastrnn.LSTM(5, units)
+    for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):
+        setattr(net, name, getattr(below, name))
+    net.weight_ih_l1 = torch.nn.Parameter(torch.randn(68, units))
+    with pytest.raises(ValueError, match="the layers should be of one size"):
+        StreamingSession(net)
+
+
+def test_more_rows_than_there_can_be(native):
+    with pytest.raises(ValueError, match="batch is too large"):
+        StreamingSession(build("lstm"), 2**60)
+    with pytest.raises(MemoryError):
+        StreamingSession(build("lstm"), 2**40)
+
+
+def test_autocast_and_default_devices_change_nothing(backend):
+    session, x = StreamingSession(build("gru", 5, 17), 2), torch.randn(3, 2, 5)
+    expected = session.chunk(x)
+    with torch.autocast("cpu"), torch.device("meta"):
+        session.reset()
+        assert torch.equal(session.chunk(x), expected)
+    assert session.state.dtype == torch.float32
+
+
+def test_a_refusal_changes_no_state(backend):
+    session, x = StreamingSession(build("gru", 5, 17), 2), torch.randn(2, 5)
+    session.step(x)
+    before = session.state
+    with torch.inference_mode():
+        inference = torch.empty(2, 17)
+    for out, error in ((torch.empty(2, 1).expand(2, 17), ValueError), (inference, RuntimeError)):
+        with pytest.raises(error):
+            session.step(x, out)
+    with pytest.raises(ValueError, match="x should have the shape"):
+        session.chunk(torch.tensor(1.0))
+    with pytest.raises(ValueError, match="plain tensor"):
+        torch.func.vmap(session.step)(torch.randn(2, 2, 5))
+    assert torch.equal(session.state, before)
+
+
+def test_a_tensor_without_memory_is_refused(native):
+    with pytest.raises(ValueError, match="x should be a plain tensor"):
+        StreamingSession(build("gru", 5, 17)).step(torch._efficientzerotensor(5))
+
+
+def test_a_state_that_is_a_negative_view(backend):
+    session = StreamingSession(build("gru", 5, 17))
+    session.state = torch._neg_view(torch.ones(1, 1, 17))
+    assert torch.equal(session.state, -torch.ones(1, 1, 17))
+
+
 def test_inputs_that_are_refused(backend):
     session = StreamingSession(build("gru", 5, 17), 2)
     for x, error, message in (
@@ -326,12 +435,6 @@ def test_nothing_is_recorded(backend):
     assert not session.step(x).requires_grad
     with torch.inference_mode():
         assert session.step(x).is_inference()
-
-
-def test_a_tensor_of_another_kind_is_refused(native):
-    session = StreamingSession(build("lstm"))
-    with pytest.raises(ValueError, match="x should be a plain tensor"):
-        torch.func.vmap(session.step)(torch.randn(2, 5))
 
 
 # --- No cost that is not the step's -----------------------------------------------------------------------------------
@@ -384,3 +487,11 @@ def test_two_threads_in_one_session_are_refused(native):
             session.step(x[0])
     thread.join()
     session.step(x[0])
+
+
+def test_two_threads_in_one_session_of_python_are_refused():
+    with fastrnn.backend("python"):
+        session = StreamingSession(build("lstm"))
+    with session._session.in_use, pytest.raises(RuntimeError, match="a session is used by one thread at a time"):
+        session.step(torch.randn(5))
+    session.step(torch.randn(5))

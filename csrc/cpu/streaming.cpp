@@ -49,6 +49,7 @@ void check_layers(CellKind kind, const std::vector<StreamingWeights<T>>& layers,
   require(!layers.empty(), "a session needs a layer");
   require(batch >= 1, "batch should be at least 1");
   require(type == WeightType::kFull || sizeof(T) == sizeof(float), "float64 has no bfloat16 or int8 weights");
+  int64_t row = 0;  // bytes: a row of the batch has fewer in any buffer
   for (size_t l = 0; l < layers.size(); ++l) {
     const StreamingWeights<T>& w = layers[l];
     const LayerShape& shape = w.shape;
@@ -62,7 +63,9 @@ void check_layers(CellKind kind, const std::vector<StreamingWeights<T>>& layers,
     // sums of 65,536 products of 8 bits fit 32
     require(type != WeightType::kInt8 || std::max({shape.inputs, shape.units, shape.outputs}) <= 65536,
             "int8 weights need sizes of at most 65536");
+    row += int64_t{1024 * sizeof(T)} * (padded(shape.inputs) + padded(shape.units) + padded(shape.outputs));
   }
+  require(batch <= std::numeric_limits<int64_t>::max() / row, "batch is too large");
 }
 
 // The sum of f over the layers.

@@ -23,7 +23,7 @@ class ForwardCells {
     const int units = static_cast<int>(p_.units);
     unit_ = unit < units ? unit : units - 1;  // so that every address is one
     gates_step_ = time_.stride(false) * p_.gates_stride;
-    output_step_ = time_.stride(false) * (p_.table.directions * units);
+    output_step_ = int64_t{time_.stride(false)} * p_.table.directions * units;
     fetched_ = kAhead * gates_step_ + unit_ % 8 * (units - 1);
     take(n);
 #pragma unroll

@@ -24,10 +24,13 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 // A static array in shared memory, and the dynamic shared memory of the launch as bytes (one name for all kernels of a
 // file, since C++ sees one array).
@@ -70,6 +73,20 @@ inline void check(cudaError_t error, const void* kernel) {
   throw std::runtime_error("CUDA kernel " + kernel_name(kernel) + ": " + cudaGetErrorString(error));
 }
 
+// Lets a kernel have so much dynamic shared memory on the current device. What it may have never shrinks: of two threads
+// that launch one kernel with different sizes, each would else take from the other what it has just asked for.
+inline void allow_shared(const void* kernel, size_t bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> allowed;
+  int device = 0;
+  check(cudaGetDevice(&device), kernel);
+  const std::lock_guard<std::mutex> lock(mutex);
+  size_t& most = allowed[{kernel, device}];
+  if (bytes <= most) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), kernel);
+  most = bytes;
+}
+
 // How a kernel is launched; its attributes are set where the defaults do not do.
 class Launch {
  public:
@@ -77,10 +94,7 @@ class Launch {
          unsigned cluster_size) {
     constexpr size_t kSharedByDefault = 16 << 10;  // 48 KiB, less what static arrays may take of it
     constexpr unsigned kPortableCluster = 8;
-    if (shared_bytes > kSharedByDefault) {
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-            kernel);
-    }
+    if (shared_bytes > kSharedByDefault) allow_shared(kernel, shared_bytes);
     if (cluster_size > kPortableCluster) {
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), kernel);
     }

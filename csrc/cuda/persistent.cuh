@@ -136,11 +136,12 @@ class Turn {
   GPU_FN void expect(int s, unsigned bytes) const {
     if (expects_) gpu::mbarrier_arrive_expect(bars_ + s % 2, bytes);
   }
-  // For all that was sent.
-  GPU_FN void wait(int s) const {
+  // For all that was sent. A warp that sends nothing must not wait: nobody would wait for it, and it might come so late
+  // that the barrier's parity is that of a later phase.
+  GPU_FN void wait(int s, bool sends = true) const {
     if (!async_) {
       gpu::syncthreads();
-    } else if (owner_) {  // to a block without units nobody sends
+    } else if (owner_ && sends) {  // to a block without units nobody sends
       gpu::mbarrier_wait_block(bars_ + s % 2, static_cast<unsigned>((s - 1) / 2 % 2));
     }
   }

@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kPersistentWarps * 32, 1) persistent_forward_k
         own.load_input(t);
       }
     }
-    if (more) turn.wait(s + 1);
+    if (more) turn.wait(s + 1, active);
   }
   if (active && all > 0) own.finish();
 }

@@ -137,9 +137,13 @@ Layout check_backward(CellKind kind, const OptionalTensors& grad_outputs, const 
   TORCH_CHECK(mask.size() == 1 + hx.size() + weights.size(), "Expected a mask for ", 1 + hx.size() + weights.size(),
               " inputs, got ", mask.size());
   check_shape(output, "output", l.by_rows(input, {l.outputs * l.directions}));
+  check_like_input(output, input, "output");
   std::vector<SymInt> shape = l.by_rows(input, {l.units * l.reserve_columns_in_units(kind)});
   shape.insert(shape.begin(), l.directions);
   check_shape(reserve, "reserve", shape);
+  TORCH_CHECK(reserve.device() == input.device() && reserve.scalar_type() == accumulate_type(input),
+              "Expected a reserve of ", accumulate_type(input), " on ", input.device(), ", got ", reserve.scalar_type(),
+              " on ", reserve.device());
   TORCH_SYM_CHECK(groups.sym_ge(0), "Expected groups to be at least 0, got ", groups);
   const bool grouped = groups.maybe_as_int() != std::optional<int64_t>(0);
   TORCH_CHECK(!grouped || !l.packed, "groups needs a padded input");

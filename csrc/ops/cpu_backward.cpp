@@ -303,6 +303,7 @@ Tensors layer_backward(const OptionalTensors& grad_outputs, const Tensor& input,
                        const OptionalTensor& lengths, const OptionalTensor& reset, const OptionalTensor& batch_sizes,
                        const Tensor& output, const Tensor& reserve, bool bidirectional, bool batch_first,
                        const Mask& mask, c10::SymInt symbolic_groups) {
+  const WithoutAutocast guard;
   const Layout l = check_backward(kind, grad_outputs, input, hx, weights, lengths, reset, batch_sizes, output, reserve,
                                   bidirectional, batch_first, mask, symbolic_groups);
   const RowTable table(l, input, lengths, reset, batch_sizes, batch_first);

@@ -70,6 +70,12 @@ void add_product(Tensor& sum, bool begun, const Tensor& a, const Tensor& b);
 // sum [A] (+)= the sum of rows [*, A].
 void add_rows(Tensor& sum, bool begun, const Tensor& rows);
 
+// While a backward op runs: autocast would round what ATen multiplies in it. The forward op's arguments have been cast, and
+// backward runs under whatever autocast is on where it is called.
+struct WithoutAutocast : c10::impl::ExcludeDispatchKeyGuard {
+  WithoutAutocast() : ExcludeDispatchKeyGuard(c10::autocast_dispatch_keyset) {}
+};
+
 // How a device multiplies best.
 struct Products {
   // GEMMs add term after term to one number of that type, and err by more the more there are: long sums are then made of
@@ -80,7 +86,7 @@ struct Products {
   std::function<void(Tensor& sum, bool begun, const Tensor& a, const Tensor& b)> add = add_product;
   std::function<void(Tensor& sum, bool begun, const Tensor& rows)> sum = add_rows;
   // to[places[i]] = from[i], rows as a whole; null where gate gradients have no places
-  std::function<void(Tensor& to, const Tensor& places, const Tensor& from)> scatter;
+  std::function<void(Tensor& to, const Tensor& places, const Tensor& from)> scatter = nullptr;
 };
 
 // The arguments of a backward op, as plain tensors on one device; weights are of the type of the products.

@@ -231,6 +231,7 @@ Tensors stepwise_layer_backward(CellKind kind, const Gpu& gpu, const OptionalTen
                                 const OptionalTensor& reset, const OptionalTensor& batch_sizes, const Tensor& output_,
                                 const Tensor& reserve_, bool bidirectional, bool batch_first, const Mask& mask,
                                 int64_t groups) {
+  const WithoutAutocast guard;
   const Layout l = check_backward(kind, grad_outputs, input, hx_list, weight_list, lengths, reset, batch_sizes, output_,
                                   reserve_, bidirectional, batch_first, mask, groups);
   check_grad_outputs(kind, l, grad_outputs, input, output_);

@@ -19,13 +19,15 @@
 namespace fastrnn {
 namespace {
 
-// A tensor whose numbers can be read where they lie: no subclass with other semantics, no batch of vmap, no fake.
+// A tensor whose numbers can be read where they lie: no subclass with other semantics, no batch of vmap, no fake, none
+// without memory.
 const Tensor& plain_tensor(py::handle object, const char* name) {
   TORCH_CHECK_TYPE(THPVariable_Check(object.ptr()), name, " should be a Tensor, got: ", Py_TYPE(object.ptr())->tp_name);
   const Tensor& t = THPVariable_Unpack(object.ptr());
   constexpr c10::DispatchKeySet kNotPlain({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched,
                                            c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Functionalize,
-                                           c10::DispatchKey::Negative, c10::DispatchKey::Conjugate});
+                                           c10::DispatchKey::Negative, c10::DispatchKey::Conjugate,
+                                           c10::DispatchKey::ZeroTensor});
   TORCH_CHECK_VALUE(t.is_cpu() && t.layout() == at::kStrided && !t.key_set().has_any(kNotPlain), name,
                     " should be a plain tensor on the CPU, got one on ", t.device(), " with the keys ", t.key_set());
   return t;
@@ -110,7 +112,7 @@ std::vector<StreamingWeights<T>> weights_of(CellKind kind, const Tensors& flat, 
     const Layout l = check_layer(kind, like, {}, weights, {}, {}, {}, false, false);
     const auto data = [&](bool exists, int index) -> const T* {
       if (!exists) return nullptr;
-      held.push_back(weights[index].detach().to(c10::CppTypeToScalarType<T>::value).contiguous());
+      held.push_back(weights[index].detach().resolve_neg().to(c10::CppTypeToScalarType<T>::value).contiguous());
       return held.back().const_data_ptr<T>();
     };
     StreamingWeights<T> w;
@@ -146,6 +148,12 @@ class TypedSession : public PySession {
       : kind_(kind), dtype_(dtype), batch_first_(batch_first) {
     Tensors held;
     session_.emplace(kind, weights_of<T>(kind, weights, layers, dtype, held), batch, type);
+    for (int64_t l = 1; l < layers; ++l) {  // their states are one tensor
+      const LayerShape &first = session_->shape(0), &shape = session_->shape(l);
+      TORCH_CHECK_VALUE(shape.units == first.units && shape.outputs == first.outputs,
+                        "the layers should be of one size, got: ", first.units, " and ", shape.units, " units, ",
+                        first.outputs, " and ", shape.outputs, " outputs");
+    }
   }
 
   py::object step(py::handle x, py::handle out) override {
@@ -207,7 +215,7 @@ class TypedSession : public PySession {
       constexpr auto type = c10::CppTypeToScalarType<T>::value;
       TORCH_CHECK_TYPE(t.scalar_type() == dtype_ || t.scalar_type() == type, "state[", which, "] should be of dtype ",
                        dtype_, dtype_ == type ? "" : " or float32", ", got: ", t.scalar_type());
-      converted.push_back(t.detach().to(type).contiguous());
+      converted.push_back(t.detach().resolve_neg().to(type).contiguous());
     }
     for (size_t which = 0; which < states.size(); ++which) {
       const int64_t width = state_width(which);
@@ -254,7 +262,7 @@ class TypedSession : public PySession {
     std::atomic_flag& flag_;
   };
 
-  // The layers of a module are alike.
+  // The layers are alike: the constructor has checked it.
   int64_t state_width(size_t which) const { return which == 0 ? session_->outputs() : session_->shape(0).units; }
   T* state_of(size_t which, int64_t layer) { return which == 0 ? session_->h(layer) : session_->c(layer); }
 
@@ -279,8 +287,8 @@ class TypedSession : public PySession {
     }
     with_dtype(dtype_, [&](auto zero) {
       using Storage = decltype(zero);
-      const auto* from = static_cast<const Storage*>(input.const_data_ptr());
-      auto* to = static_cast<Storage*>(out.mutable_data_ptr());
+      const auto* from = input.const_data_ptr<Storage>();
+      auto* to = out.mutable_data_ptr<Storage>();
       if (steps * session_->packed_bytes() > kBytesWorthTheLock) {
         const py::gil_scoped_release release;
         advance(from, strides_of(input, chunk), to, strides_of(out, chunk), steps);
