@@ -7,6 +7,7 @@ The environment variable ``FASTRNN_BACKEND``, read at import, is one of
 - ``python``: the native library is not even looked for.
 """
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -61,12 +62,15 @@ def _load() -> None:
         return
     _library = torch.library.Library("fastrnn", "IMPL")
     for op, function in (
-        ("reference_layer", reference.layer),
-        ("reference_backward", reference.layer_backward),
-        ("reference_double_backward", reference.layer_double_backward),
+        ("reference_layer", _reference_layer),
+        ("reference_backward", _without_autocast(reference.layer_backward)),
+        ("reference_double_backward", _without_autocast(reference.layer_double_backward)),
     ):
         _library.impl(op, function, "CompositeImplicitAutograd")
         _library.impl(op, function, "FuncTorchBatchedDecomposition")  # the same under vmap, whose tensors stay batched
+        _library.impl(op, function, "Batched")  # and under the older one, of torch.autograd.grad(is_grads_batched=True)
+    for cell in reference.CELLS:
+        _library.impl(f"{cell}_layer_backward", functools.partial(_backward_by_reference, cell), "Batched")
     _ops.register({cell: spec.states for cell, spec in reference.CELLS.items()})
     _native_ops = {cell: getattr(torch.ops.fastrnn, f"{cell}_layer").default for cell in reference.CELLS}
     native_cuda = bool(extension.build_info().get("cuda", False))
@@ -74,10 +78,71 @@ def _load() -> None:
     native = extension
 
 
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """With an autocast that changes no float32: what the reference is given has been cast.
+
+    To turn it off would not do, as torch.func's transforms turn it on again for every op.
+    """
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        before = {device: torch.get_autocast_dtype(device) for device in ("cpu", "cuda")}
+        try:
+            for device in before:
+                torch.set_autocast_dtype(device, torch.float32)
+            return function(*arguments)
+        finally:
+            for device, dtype in before.items():
+                torch.set_autocast_dtype(device, dtype)
+
+    return run
+
+
+@_without_autocast
+def _reference_layer(
+    cell: str,
+    input: Tensor,
+    hx: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    batch_sizes: Tensor | None,
+    bidirectional: bool,
+    batch_first: bool,
+    need_steps: bool,
+) -> list[Tensor]:
+    """The reference in the native op's place, which has checked all but values."""
+    if lengths is not None:
+        check_lengths_range(lengths, input.shape[1 if batch_first else 0])
+    if batch_sizes is not None:
+        _check_batch_sizes(batch_sizes, hx[0].shape[1], input.shape[0])
+    return reference.layer(
+        cell, input, hx, weights, lengths, reset, batch_sizes, bidirectional, batch_first, need_steps
+    )
+
+
+def _backward_by_reference(
+    cell: str,
+    grad_outputs: Sequence[Tensor | None],
+    input: Tensor,
+    hx: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    batch_sizes: Tensor | None,
+    output: Tensor,
+    reserve: Tensor,
+    *rest: Any,
+) -> list[Tensor]:
+    return torch.ops.fastrnn.reference_backward(
+        cell, grad_outputs, input, hx, weights, lengths, reset, batch_sizes, *rest
+    )
+
+
 def initialize() -> None:
     """Load what ``FASTRNN_BACKEND`` asks for; called once, at import."""
     global layer_ops
-    wanted = os.environ.get("FASTRNN_BACKEND", "auto")
+    wanted = os.environ.get("FASTRNN_BACKEND") or "auto"
     _check("FASTRNN_BACKEND", wanted, BACKENDS)
     if wanted == "python":
         global reason
@@ -290,7 +355,7 @@ def packed_batch(batch_sizes: Tensor) -> int:
         raise RuntimeError("batch_sizes should be a 1-D int64 tensor on the CPU")
     if len(batch_sizes) == 0:
         raise RuntimeError(_NO_STEPS)
-    return int(batch_sizes[0])
+    return batch_sizes[0] if torch.jit.is_tracing() else int(batch_sizes[0])  # type: ignore[return-value]
 
 
 def _check_batch_sizes(batch_sizes: Tensor, batch: int, rows: int) -> None:

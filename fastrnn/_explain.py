@@ -94,7 +94,7 @@ def explain(
     over = _layout(input, lengths, reset)
     in_turn = f"op: torch.ops.fastrnn.{cell}_layer, one call per layer, {over}"
     if data.is_cpu and _backend.native is not None:
-        beside, plans = _plans(module, cell, input, data, lengths)
+        beside, plans = _plans(module, cell, input, data, hx, lengths)
         at_once = (
             f"op: fastrnn._C.stacks[{cell!r}], one call for all layers, beside one another, each on a thread some "
             f"steps behind the one below, {over}"
@@ -134,7 +134,7 @@ def _dtype_of_call(data: Tensor) -> torch.dtype:
     return dtype if dtype in (torch.float64, torch.bfloat16, torch.float16) else torch.float32
 
 
-def _plans(module: Any, cell: str, input: Any, data: Tensor, lengths: Tensor | None) -> tuple[bool, list[str]]:
+def _plans(module: Any, cell: str, input: Any, data: Tensor, hx: Any, lengths: Tensor | None) -> tuple[bool, list[str]]:
     """Whether the layers run beside one another; a line for the first layer, and one for those above it."""
     assert _backend.native is not None
     steps, batch, ragged = 1, 1, False
@@ -152,7 +152,8 @@ def _plans(module: Any, cell: str, input: Any, data: Tensor, lengths: Tensor | N
         ragged = bool((lengths < steps).any())
     proj_size = getattr(module, "proj_size", 0)
     directions = 2 if getattr(module, "bidirectional", False) else 1
-    training = torch.is_grad_enabled() and (data.requires_grad or any(p.requires_grad for p in module.parameters()))
+    given = [tensor for tensor in (data, *(hx if isinstance(hx, tuple | list) else (hx,))) if tensor is not None]
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in (*given, *module.parameters()))
     shapes = {"layer 0": module.input_size}
     layers = getattr(module, "num_layers", 1)
     if layers > 1:
@@ -163,6 +164,7 @@ def _plans(module: Any, cell: str, input: Any, data: Tensor, lengths: Tensor | N
         layers > 1
         and directions == 1
         and not (training or torch.is_autocast_enabled("cpu") or (module.training and module.dropout > 0))
+        and not _watched(given)
         and _backend.native.side_by_side(
             cell, layers, steps, batch, module.input_size, module.hidden_size, proj_size, dtype, threads, ragged
         )
@@ -187,6 +189,15 @@ def _plans(module: Any, cell: str, input: Any, data: Tensor, lengths: Tensor | N
         if training:
             lines.append(f"{which}: backward {_words(plan, 'backward_')}")
     return beside, lines
+
+
+def _watched(tensors: list[Tensor]) -> bool:
+    """Whether someone has to see each op: a mode, or a subclass of Tensor."""
+    return (
+        torch._C._len_torch_function_stack() > 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    )
 
 
 def _words(plan: dict[str, Any], prefix: str) -> str:

@@ -20,13 +20,17 @@ def load(extension: ModuleType, cuda: bool) -> None:
     Raises
     ------
     ValueError : if the file is not such a table; the message names it, and the line.
-    OSError : if the file that was named cannot be read.
+    OSError : if the file that was named cannot be read; the message names the variable.
     """
     named = os.environ.get(VARIABLE)
     if named == "" or (named is None and not cuda):
         return
     path = FILE if named is None else Path(named)
     try:
-        extension.set_tuned_plans(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise type(error)(f"{VARIABLE}: {error}") from None
+    try:
+        extension.set_tuned_plans(text)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from . import _backend
+from . import _backend, reference
 from ._stack import check_hidden, run_layer, stack
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
+
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 def lstm(
@@ -345,6 +348,8 @@ def _cell(
     if hx is not None:
         check_hidden(hx)
         states = list(hx)
+        if len(states) != reference.CELLS[cell].states:
+            raise RuntimeError(f"{cell}_cell expects two hidden states")
     elif _backend.wants_states():
         states = [state.squeeze(0) for state in _backend.zero_states(cell, input, [w_ih, w_hh], 1, batch)]
     else:
@@ -375,4 +380,8 @@ def _cell(
         False,
         False,
     )
-    return [state.squeeze(0) for state in result[1 : 3 if cell == "lstm" else 2]]
+    states = result[1 : 3 if cell == "lstm" else 2]
+    if torch.jit.is_tracing():  # whose sizes are to stay open
+        return [state.squeeze(0) for state in states]
+    # no views: what a cell returns may be detached and changed in place
+    return [_unsafe_view(state, (batch, state.shape[2])) for state in states]

@@ -105,6 +105,8 @@ class _Layers(torch.nn.RNNBase):
             return None
         lstm = self.mode == "LSTM"
         states = () if hx is None else hx if lstm else (hx,)
+        if lstm and hx is not None and len(hx) != 2:
+            return None
         weights, two, batch_first = self._weights(), self.bidirectional, self.batch_first
         try:
             result = _backend.native_layer(
@@ -209,15 +211,31 @@ class _Layers(torch.nn.RNNBase):
         """What torch.jit.script compiles in place of all the rest: torch's own op. Output and final states."""
         if lengths is not None or reset is not None:
             raise RuntimeError("lengths and reset are not available under torch.jit.script; torch.jit.trace keeps them")
+        # torch's op checks little, and reads and writes beyond what is smaller than it thinks
+        name, dim = "RNN" if self.mode.startswith("RNN") else self.mode, input.dim()
         batch_dim = 0 if self.batch_first else 1
-        unbatched = input.dim() == 2
+        unbatched = dim == 2
+        if dim != 2 and dim != 3:
+            raise ValueError(f"{name}: Expected input to be 2D or 3D, got {dim}D instead")
+        if input.size(-1) != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.size(-1)}"
+            )
+        for state in hx:
+            if state.dim() != dim:
+                raise RuntimeError(f"For {dim}-D input, hx should also be {dim}-D but got {state.dim()}-D tensor")
         if unbatched:
             input = input.unsqueeze(batch_dim)
             hx = [state.unsqueeze(1) for state in hx]
+        rows, batch = self.num_layers * (2 if self.bidirectional else 1), input.size(batch_dim)
+        outputs = self.proj_size if self.proj_size > 0 else self.hidden_size
+        sizes = [outputs, self.hidden_size][: 2 if self.mode == "LSTM" else 1]
+        for index, state in enumerate(hx):
+            expected = [rows, batch, sizes[index]]
+            if state.size() != expected:
+                raise RuntimeError(f"Expected hidden[{index}] size {expected}, got {state.size()}")
         if len(hx) == 0:
-            rows, batch = self.num_layers * (2 if self.bidirectional else 1), input.size(batch_dim)
-            outputs = self.proj_size if self.proj_size > 0 else self.hidden_size
-            for size in [outputs, self.hidden_size][: 2 if self.mode == "LSTM" else 1]:
+            for size in sizes:
                 hx.append(torch.zeros(rows, batch, size, dtype=input.dtype, device=input.device))
         weights = torch.jit.annotate(list[Tensor], self._flat_weights)
         bias, layers = self.bias, self.num_layers

@@ -350,3 +350,74 @@ def test_ensembles_of_cells_and_their_hessians(cell):
     both(lambda: vmap(hessian(loss, argnums=1), in_dims=(None, 0, None))(dict(nets[0].named_parameters()), x, h[0]))
     both(lambda: hessian(loss)({name: value[0] for name, value in weights.items()}, x[0], h[0]))
     both(lambda: jacfwd(lambda h: loss(dict(nets[0].named_parameters()), x[0], h))(h[0]))
+
+
+@pytest.mark.parametrize("cell", [fastrnn.RNN, fastrnn.LSTM, fastrnn.GRU])
+def test_lengths_and_batch_sizes_are_checked_where_tangents_flow(cell):
+    net, x = cell(2, 3), torch.randn(5, 2, 2)
+    lengths = torch.tensor([5, 9])
+    for run in (
+        lambda: jvp(lambda x: net(x, lengths=lengths)[0], (x,), (x,)),
+        lambda: hessian(lambda x: net(x, lengths=lengths)[0].sum())(x),
+        lambda: vmap(lambda x: jvp(lambda x: net(x, lengths=lengths)[0], (x,), (x,))[1])(torch.stack([x, x])),
+    ):
+        with pytest.raises(RuntimeError, match="lengths should be between 0 and 5, got 9 at index 1"):
+            run()
+    rows = torch.randn(5, 2)
+    packed = torch.nn.utils.rnn.PackedSequence(rows, torch.tensor([2, 2, 1]))
+    expected = net(packed)[0].data
+    for sizes, words in (([2, 1, 2], "not increasing"), ([2, 2], "add up to 5 rows, got 4")):
+        with pytest.raises(RuntimeError, match=words):
+            jvp(lambda x, s=sizes: net(packed._replace(data=x, batch_sizes=torch.tensor(s)))[0].data, (rows,), (rows,))
+    assert_close(jvp(lambda x: net(packed._replace(data=x))[0].data, (rows,), (rows,))[0], expected)
+
+
+@pytest.mark.parametrize("cell", [fastrnn.RNN, fastrnn.LSTM, fastrnn.GRU])
+def test_tangents_under_autocast(cell):
+    """Of the primal's dtype, and as near to those of float32 as one rounding of arguments and results allows."""
+    net, x, tangent = cell(17, 33), torch.randn(9, 3, 17), torch.randn(9, 3, 17)
+    rounded = cell(17, 33)
+    rounded.load_state_dict({name: weight.bfloat16().float() for name, weight in net.state_dict().items()})
+    expected = jvp(lambda x: rounded(x)[0], (x.bfloat16().float(),), (tangent.bfloat16().float(),))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = jvp(lambda x: net(x)[0], (x,), (tangent,))
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert_close(one.float(), other, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("flags", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}], ids=str)
+@pytest.mark.parametrize("cell", ["RNN", "LSTM", "GRU"])
+def test_batched_gradients_of_autograd(cell, flags):
+    """``is_grads_batched`` and ``vectorize=True`` have a vmap of their own, older than torch.func's."""
+    ours, theirs = (getattr(library, cell)(2, 3, **flags) for library in (fastrnn, torch.nn))
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(4, 2, 2, requires_grad=True)
+    found, expected = [], []
+    for net, results in ((ours, found), (theirs, expected)):
+        torch.manual_seed(0)
+        output, hidden = net(x)
+        outputs = [output, *tree_leaves(hidden)]
+        grads = [torch.randn(5, *out.shape) for out in outputs]
+        results += torch.autograd.grad(outputs, [x, *net.parameters()], grads, is_grads_batched=True)
+        run = lambda x, net=net: net(x)[0].square().sum()  # noqa: E731
+        results.append(torch.autograd.functional.jacobian(lambda x, net=net: net(x)[0], x, vectorize=True))
+        results.append(torch.autograd.functional.hessian(run, x, vectorize=True))
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cell", [fastrnn.RNN, fastrnn.LSTM, fastrnn.GRU])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_that_are_negative_views_or_zeros_without_memory(cell, dtype):
+    net, x = cell(3, 5, dtype=dtype), torch.randn(7, 2, 3, dtype=dtype, requires_grad=True)
+    output, hidden = net(x)
+    results = [output, *tree_leaves(hidden)]
+    for result in results:
+        grad = torch.randn_like(result)
+        expected = torch.autograd.grad(result, x, -grad, retain_graph=True)
+        found = torch.autograd.grad(result, x, torch._neg_view(grad), retain_graph=True)
+        assert torch.equal(found[0], expected[0])
+        nothing = torch._efficientzerotensor(result.shape, dtype=dtype)
+        assert not torch.autograd.grad(result, x, nothing, retain_graph=True)[0].any()

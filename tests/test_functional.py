@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import data, module, parametrize, small
+from cases import data, module, parametrize, small, tensors
 from tolerance import check
 from torch.nn.utils.rnn import pack_sequence
 
@@ -249,6 +249,35 @@ def test_bad_arguments_of_a_cell_are_refused_alike(change, backend):
     with pytest.raises(RuntimeError) as caught:
         functional.rnn_cell(**_CELL | change)
     assert caught.type is RuntimeError
+
+
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_states_of_a_cell_may_be_changed_in_place(name, backend):
+    """They are no views, so that truncated backpropagation may cut them off in place."""
+    cell = getattr(fastrnn, name)(3, 5)
+    for state in tensors(cell(torch.randn(2, 3))):
+        assert state._base is None
+        state.detach_()
+        assert not state.requires_grad
+    with torch.no_grad():
+        states = tensors(cell(torch.randn(2, 3)))
+    factor = torch.ones(2, 5, requires_grad=True)
+    for state in states:
+        assert state.mul_(factor).requires_grad
+
+
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_cells_without_units_have_gradients(name, backend):
+    cell, x = getattr(fastrnn, name)(3, 0), torch.randn(2, 3, requires_grad=True)
+    sum(state.sum() for state in tensors(cell(x))).backward()
+    assert torch.equal(x.grad, torch.zeros(2, 3))
+
+
+def test_no_states_are_not_a_pair(backend):
+    with pytest.raises(IndexError, match="tuple index out of range"):
+        fastrnn.LSTM(3, 5)(torch.randn(7, 2, 3), ())
+    with pytest.raises(RuntimeError, match="lstm_cell expects two hidden states"):
+        fastrnn.LSTMCell(3, 5)(torch.randn(2, 3), ())
 
 
 def test_lstm_cell_wants_a_pair(backend):

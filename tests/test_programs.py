@@ -183,6 +183,61 @@ def test_what_cannot_be_scripted(name):
 
 
 @scripts
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}])
+@pytest.mark.parametrize("name", LAYERS)
+def test_script_checks_sizes(name, options):
+    """Torch's op would read and write beyond what is too small."""
+    ours, _, input = pair(name, **options)
+    scripted = torch.jit.script(ours)
+    good = leaves(ours(input))[1:]
+
+    def with_states(change):
+        states = [change(state) for state in good]
+        return input, (tuple(states) if name == "LSTM" else states[0])
+
+    torch.testing.assert_close(scripted(*with_states(lambda state: state)), ours(*with_states(lambda state: state)))
+    for arguments, words in (
+        ((torch.randn(7, 3, 2),), r"input\.size\(-1\) must be equal to input_size\. Expected 3, got 2"),
+        ((torch.randn(7, 3000),), r"input\.size\(-1\) must be equal to input_size\. Expected 3, got 3000"),
+        ((torch.randn(2, 2, 2, 3),), f"{name}: Expected input to be 2D or 3D, got 4D"),
+        ((torch.randn(3),), f"{name}: Expected input to be 2D or 3D, got 1D"),
+        (with_states(lambda state: state[:, :2]), r"Expected hidden\[0\] size \[.*\], got \[., 2, 5\]"),
+        (with_states(lambda state: state[..., :4]), r"Expected hidden\[0\] size \[.*\], got \[., ., 4\]"),
+        (with_states(lambda state: torch.cat([state, state])), r"Expected hidden\[0\] size"),
+        (with_states(lambda state: state[:, 0]), "hx should also be 3-D but got 2-D"),
+        ((input[0], with_states(lambda state: state)[1]), "hx should also be 2-D but got 3-D"),
+    ):
+        with pytest.raises(torch.jit.Error, match=words):
+            scripted(*arguments)
+    if name == "LSTM":
+        h, c = good
+        with pytest.raises(torch.jit.Error, match=r"Expected hidden\[1\] size"):
+            scripted(input, (h, c[..., :4]))
+
+
+class Packing(torch.nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, input, lengths):
+        output, hidden = self.net(torch.nn.utils.rnn.pack_padded_sequence(input, lengths, enforce_sorted=False))
+        return torch.nn.utils.rnn.pad_packed_sequence(output)[0], hidden
+
+
+@scripts
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", LAYERS)
+def test_trace_of_packed_rows(name, backend):
+    """The number of rows is not that of the example."""
+    net = Packing(pair(name, num_layers=2, bidirectional=True)[0])
+    traced = torch.jit.trace(net, (torch.randn(7, 4, 3), torch.tensor([7, 3, 2, 1])), check_trace=False)
+    for lengths in ([7, 1, 3], [2, 7, 1, 3, 4]):
+        given = torch.randn(7, len(lengths), 3), torch.tensor(lengths)
+        torch.testing.assert_close(traced(*given), net(*given))
+
+
+@scripts
 @every
 def test_trace(name, native):
     """A trace keeps fastrnn's op, and runs with other sizes."""

@@ -210,6 +210,22 @@ def test_one_after_another():
         assert not at_once(net, input)[1]  # one thread
 
 
+def test_what_explain_says_of_them():
+    net, input = stack()
+    net.requires_grad_(False)
+    hx = torch.zeros(2, 3, 33), torch.zeros(2, 3, 33, requires_grad=True)
+    with threads(2):
+        assert "all layers" in fastrnn.explain(net, input)
+        found = fastrnn.explain(net, input, hx)
+        assert "one call per layer" in found
+        assert "backward" in found
+        assert "one call per layer" in fastrnn.explain(net, input.as_subclass(Logged))
+        with torch.device("cpu"):
+            assert "one call per layer" in fastrnn.explain(net, input)
+        with Dispatches():
+            assert "one call per layer" in fastrnn.explain(net, input)
+
+
 def test_transforms_see_the_layers():
     net, input = stack()
     net.requires_grad_(False)

@@ -105,6 +105,7 @@ int64_t choose_window(const CpuProblem& p, const CpuMachine& machine, const CpuP
   if (!p.backward || !p.in_windows || p.shape.projected || p.batch == 0) return 0;
   if (p.directions > 1 && plan.threads > 1) return 0;
   const int64_t row = (p.gates + p.separate) * p.shape.units * p.element_size;
+  if (row == 0) return 0;
   const int64_t rows = std::max({kRows, p.shape.inputs + p.shape.outputs, machine.l2_bytes / 2 / row});
   const int64_t windows = p.steps / std::max<int64_t>(1, rows / p.batch);
   return windows > 1 ? (p.steps + windows - 1) / windows : 0;
@@ -138,7 +139,7 @@ CpuPlan plan_cpu(const CpuProblem& p, const CpuMachine& machine) {
     const int64_t rows = p.batch / (plan.shard_units ? 1 : members);
     const int64_t bytes = weight_bytes(p) / (plan.shard_units ? members : 1);
     const int64_t beyond_l2 = kFusedRowsBeyondL2 * (1 + p.separate) * p.shape.inputs /
-                              (p.shape.inputs + p.shape.outputs);
+                              std::max<int64_t>(1, p.shape.inputs + p.shape.outputs);
     const int64_t enough = bytes <= machine.l2_bytes / 2 ? kFusedRows
                            : bytes <= machine.l2_bytes   ? kFusedRowsFullL2
                                                          : std::max(kFusedRowsFullL2, beyond_l2);

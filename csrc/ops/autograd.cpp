@@ -212,9 +212,9 @@ Tensors layer_autograd(c10::DispatchKeySet keys, const Tensor& input, TensorList
                        bool bidirectional, bool batch_first, bool need_steps, bool need_reserve) {
   if (C10_UNLIKELY(any_has_tangent(input) || any_has_tangent(hx) ||
                    any_has_tangent(weights))) {  // forward-mode AD: by the reference, whose ops know their tangents
+    const Layout l = check_layer(kind, input, hx, weights, lengths, reset, batch_sizes, bidirectional, batch_first);
     Tensors result = reference_op().call(name_of(kind), input, hx, weights, lengths, reset, batch_sizes, bidirectional,
                                          batch_first, need_steps);
-    const Layout l = check_layer(kind, input, hx, weights, lengths, reset, batch_sizes, bidirectional, batch_first);
     std::vector<c10::SymInt> shape{0};
     if (need_reserve) {  // nothing reads it, but it has to have its shape
       shape = l.by_rows(input, {l.units * l.reserve_columns_in_units(kind)});

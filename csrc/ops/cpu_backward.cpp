@@ -135,9 +135,9 @@ class LayerBackward {
       if (arguments_.wants_state(0)) factors_[l.w_hh(d)] = to_type(weights_[l.w_hh(d)], product_);
     }
     for (size_t i = 0; i < grad_outputs.size(); ++i) {
-      const Tensor grad = or_undefined(grad_outputs.get(i));
+      const Tensor grad = readable_gradient(grad_outputs.get(i));
       const bool as_stored = i == 0 && grad.defined();  // the output's, which the scan converts
-      arguments_.grads.push_back(as_stored ? grad.contiguous() : as<T>(grad));
+      arguments_.grads.push_back(as_stored ? to_type(grad, input_.scalar_type()).contiguous() : as<T>(grad));
     }
   }
 

@@ -68,6 +68,11 @@ Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   return options.device().is_cpu() ? at::cpu::empty(sizes, options) : at::empty(sizes, options);
 }
 
+Tensor readable_gradient(const OptionalTensor& grad) {
+  // the dispatcher makes plain tensors of its own of inputs and weights, but not of tensors in a list of optional ones
+  return !grad || !grad->defined() || grad->_is_zerotensor() ? Tensor() : grad->resolve_neg();
+}
+
 Tensor rows_of(const Tensor& t, int64_t first, int64_t count) {
   if (count == t.size(0)) return t;
   at::DimVector sizes(t.sizes());

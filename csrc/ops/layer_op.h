@@ -70,6 +70,9 @@ void add_product(Tensor& sum, bool begun, const Tensor& a, const Tensor& b);
 // sum [A] (+)= the sum of rows [*, A].
 void add_rows(Tensor& sum, bool begun, const Tensor& rows);
 
+// A gradient as a kernel can read it, where its numbers lie: undefined if it is known to be zeros.
+Tensor readable_gradient(const OptionalTensor& grad);
+
 // While a backward op runs: autocast would round what ATen multiplies in it. The forward op's arguments have been cast, and
 // backward runs under whatever autocast is on where it is called.
 struct WithoutAutocast : c10::impl::ExcludeDispatchKeyGuard {

@@ -247,7 +247,7 @@ Tensors stepwise_layer_backward(CellKind kind, const Gpu& gpu, const OptionalTen
   const Tensor x = steps.without_padding(input.reshape({total, z.inputs}));
   BackwardArguments a{kind, l, z, {}, hx, weights, batch_first, mask, groups};
   for (size_t i = 0; i < grad_outputs.size(); ++i) {
-    const Tensor g = or_undefined(grad_outputs.get(i));
+    const Tensor g = readable_gradient(grad_outputs.get(i));
     a.grads.push_back(g.defined() ? g.to(options.dtype()).contiguous() : g);
   }
 
