@@ -215,6 +215,12 @@ def native_layer(cell: str, *arguments: Any) -> list[Tensor]:
     return layer_ops[cell](*arguments, False)[:-1]  # but the reserve
 
 
+def native_cell(cell: str, input: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor] | None:
+    """A layer of one step, without its dimension: the new states; None where the call has to go by torch.ops."""
+    assert native is not None
+    return None if torch.compiler.is_compiling() else native.cells[cell](input, hx, weights)
+
+
 def native_stack(cell: str, *arguments: Any) -> list[Tensor] | None:
     """All layers of a stack of one direction beside one another: output and final states.
 

@@ -367,6 +367,10 @@ def _cell(
     if route == "torch":
         return _backend.torch_cell(cell, input, states, w_ih, w_hh, b_ih, b_hh)
     weights = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
+    if route == "native":
+        new = _backend.native_cell(cell, input, states, weights)
+        if new is not None:
+            return new
     result = run_layer(
         route,
         cell,

@@ -51,6 +51,20 @@ def test_results_are_those_of_the_op(cell, need_steps):
     torch.testing.assert_close(found, expected[:-1], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("cell", list(reference.CELLS))
+def test_a_cell_is_a_layer_of_one_step(cell):
+    given = arguments(cell, input=torch.randn(1, 3, 7))
+    input, hx, weights = given[:3]
+    found = _backend.native.cells[cell](input[0], [state[0] for state in hx], weights)
+    expected = _backend.native.layers[cell](*given)[1 : 1 + len(hx)]
+    assert len(found) == len(hx)
+    for one, other in zip(found, expected, strict=True):
+        assert one._base is None
+        assert torch.equal(one, other[0])
+    with Dispatches():
+        assert _backend.native.cells[cell](input[0], [], weights) is None
+
+
 def test_gradients_flow():
     given = arguments("lstm")
     for tensor in (given[0], *given[1], *given[2]):

@@ -4,6 +4,7 @@
 #include "ops/call.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/ops/_unsafe_view.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -67,6 +68,24 @@ std::optional<Tensors> layer(py::handle input, py::handle hx, py::handle weights
   return results;
 }
 
+// A layer's only step: [N, *] for [1, N, *], and the states alone, or None where the call has to go by torch.ops. What
+// returns are no views, which could not be changed in place.
+template <CellKind kind>
+std::optional<Tensors> cell(py::handle input, py::handle hx, py::handle weights) {
+  Arguments a;
+  if (!a.read_input(input) || !a.read_others(hx, weights, py::none(), py::none(), py::none())) return std::nullopt;
+  py::gil_scoped_release no_gil;
+  for (Tensor& state : a.hx) state = state.unsqueeze(0);
+  const Tensors results = layer_op(kind).call(a.input.unsqueeze(0), a.hx, a.weights, {}, {}, {}, false, false, false,
+                                              /*need_reserve=*/false);
+  Tensors states;
+  for (int s = 0; s < traits(kind).states; ++s) {
+    const Tensor& state = results[1 + s];
+    states.push_back(at::_unsafe_view_symint(state, state.sym_sizes().slice(1)));
+  }
+  return states;
+}
+
 // All layers of a stack at once, or None where they have to be called one after another.
 template <CellKind kind>
 std::optional<Tensors> stack(int64_t layers, py::handle input, py::handle hx, py::handle weights, py::handle lengths,
@@ -88,12 +107,14 @@ void bind(py::dict& by_cell, CellKind kind, Function* function) {
 }  // namespace
 
 void bind_layers(py::module_& m) {
-  py::dict layers, stacks;
+  py::dict layers, cells, stacks;
   for_each_cell([&]<CellKind kind>() {
     bind(layers, kind, layer<kind>);
+    bind(cells, kind, cell<kind>);
     bind(stacks, kind, stack<kind>);
   });
   m.attr("layers") = layers;
+  m.attr("cells") = cells;
   m.attr("stacks") = stacks;
 }
 
