@@ -421,3 +421,20 @@ def test_gradients_that_are_negative_views_or_zeros_without_memory(cell, dtype):
         assert torch.equal(found[0], expected[0])
         nothing = torch._efficientzerotensor(result.shape, dtype=dtype)
         assert not torch.autograd.grad(result, x, nothing, retain_graph=True)[0].any()
+
+
+def test_padding_has_no_gradient_whatever_the_weights():
+    """Of each row for itself too, where the gradients of padding are multiplied along with the others."""
+    net, x = fastrnn.RNN(3, 5), torch.randn(7, 4, 3)
+    lengths = torch.tensor([7, 3, 1, 0])
+    weights = {name: weight.detach().clone() for name, weight in net.named_parameters()}
+    weights["weight_ih_l0"][0, 0] = float("inf")
+
+    def loss(x, lengths):
+        return functional_call(net, weights, (x, None, lengths))[0].square().sum()
+
+    single = vmap(grad(lambda row, length: loss(row[:, None], length[None])), (1, 0), 1)(x, lengths)
+    padding = torch.arange(7)[:, None] >= lengths
+    for found in (grad(loss)(x, lengths), single):
+        assert found[~padding].isnan().any()
+        assert not found[padding].any()

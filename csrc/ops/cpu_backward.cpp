@@ -269,7 +269,7 @@ class LayerBackward {
     }
     Tensors result = gradients.finish(grad_first_.defined() ? to_type(grad_first_, product_) : grad_first_, carry_,
                                       empty_rows);
-    if (dense_) clear_padding(table_, result[0]);
+    if (valid_) clear_padding(table_, result[0]);
     if (scan_.plan.parts > 1 && std::any_of(result.begin(), result.end(), has_nan)) return {};
     if (arguments_.wants_input()) result[0] = result[0].view(input_.sizes());
     return result;
