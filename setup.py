@@ -22,10 +22,7 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext):
         """Build the one extension that there is."""
-        library = native.build_library()
-        target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self.copy_file(str(library), str(target))
+        native.put(native.build_library(), Path(self.get_ext_fullpath(ext.name)))
 
     def get_source_files(self):
         """Return no sources: MANIFEST.in says what an sdist holds."""

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from . import _ops, _tuned, reference
 
@@ -219,6 +220,19 @@ def native_cell(cell: str, input: Tensor, hx: Sequence[Tensor], weights: Sequenc
     """A layer of one step, without its dimension: the new states; None where the call has to go by torch.ops."""
     assert native is not None
     return None if torch.compiler.is_compiling() else native.cells[cell](input, hx, weights)
+
+
+def traced_by_fx(input: object) -> bool:
+    """Whether torch.fx.symbolic_trace has called, which needs `node_of`."""
+    return isinstance(input, Proxy)
+
+
+def node_of(module: torch.nn.Module, input: Any, *options: Any) -> Any:
+    """A call of the module as one node, which the trace makes by itself of modules whose name begins with torch.nn."""
+    while options and options[-1] is None:
+        options = options[:-1]
+    tracer = input.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input, *options), {})
 
 
 def native_stack(cell: str, *arguments: Any) -> list[Tensor] | None:

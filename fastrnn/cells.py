@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import functional
+from . import _backend, functional
 from ._init import RecurrentInit, apply_options, option_words, set_options
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
@@ -83,6 +83,9 @@ class RNNCell(_Cell):
         ------
         ValueError, RuntimeError : as torch.nn does.
         """
+        if not torch.jit.is_scripting():  # noqa: SIM102, alone, as only so is what follows not compiled
+            if _backend.traced_by_fx(input):
+                return _backend.node_of(self, input, hx)
         self._check_dim("RNNCell", "input", input)
         if hx is not None:
             self._check_dim("RNNCell", "hidden", hx)
@@ -129,6 +132,9 @@ class GRUCell(_Cell):
         ------
         ValueError, RuntimeError : as torch.nn does.
         """
+        if not torch.jit.is_scripting():  # noqa: SIM102, alone, as only so is what follows not compiled
+            if _backend.traced_by_fx(input):
+                return _backend.node_of(self, input, hx)
         self._check_dim("GRUCell", "input", input)
         if hx is not None:
             self._check_dim("GRUCell", "hidden", hx)
@@ -174,6 +180,9 @@ class LSTMCell(_Cell):
         ------
         ValueError, RuntimeError : as torch.nn does.
         """
+        if not torch.jit.is_scripting():  # noqa: SIM102, alone, as only so is what follows not compiled
+            if _backend.traced_by_fx(input):
+                return _backend.node_of(self, input, hx)
         self._check_dim("LSTMCell", "input", input)
         if hx is not None:
             for index, state in enumerate(hx):

@@ -331,6 +331,8 @@ class _SingleState(_Layers):
             results = self._scripted(input, [] if hx is None else [hx], lengths, reset)
             return results[0], results[1]
         else:
+            if _backend.traced_by_fx(input):
+                return _backend.node_of(self, input, hx, lengths, reset)
             if lengths is None and reset is None:
                 plain = self._plain(input, hx)
                 if plain is not None:
@@ -540,6 +542,8 @@ class LSTM(_Layers):
             results = self._scripted(input, [] if hx is None else [hx[0], hx[1]], lengths, reset)
             return results[0], (results[1], results[2])
         else:
+            if _backend.traced_by_fx(input):
+                return _backend.node_of(self, input, hx, lengths, reset)
             if lengths is None and reset is None:
                 plain = self._plain(input, hx)
                 if plain is not None:

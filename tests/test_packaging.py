@@ -1,6 +1,7 @@
 """What a stranger does first: build and install the package, with tools there or missing."""
 
 import fcntl
+import importlib
 import os
 import re
 import subprocess
@@ -77,15 +78,72 @@ def our_lines(output: str) -> list[str]:
     [
         ({"CXX": "no-such-compiler"}, ("no-such-compiler", "not found", "install")),
         ({"CXX": "false"}, ("does not know C++20", "install")),
+        ({"CXX": "'"}, ("is not a command", "quotation")),
         ({"FASTRNN_NATIVE": "yes"}, ("FASTRNN_NATIVE", "0 or 1")),
     ],
-    ids=["compiler missing", "compiler too old", "flag not understood"],
+    ids=["compiler missing", "compiler too old", "no command line", "flag not understood"],
 )
 def test_missing_tool_is_named_in_one_line(changes, words):
     done = run(sys.executable, NATIVE, "check", check=False, **{"FASTRNN_NATIVE": "1", **changes})
     assert done.returncode != 0
     assert our_lines(done.stdout) == [done.stdout.strip()]
     assert all(word in done.stdout for word in words), done.stdout
+
+
+@pytest.fixture
+def native(monkeypatch):
+    """tools/native.py as a module."""
+    monkeypatch.syspath_prepend(str(NATIVE.parent))
+    return importlib.import_module("native")
+
+
+def test_a_compiler_may_have_flags_and_a_launcher(native, tmp_path, monkeypatch):
+    for name in ("ccache", "g++"):
+        program = tmp_path / name
+        program.write_text("#!/bin/sh\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    compiler = f"-DCMAKE_CXX_COMPILER={tmp_path}/g++"
+    launcher = f"-DCMAKE_CXX_COMPILER_LAUNCHER={tmp_path}/ccache"
+    assert native.compiler_arguments("g++") == [compiler]
+    assert native.compiler_arguments("g++ -m64 '-DA=b c'") == [f"{compiler};-m64;-DA=b c"]
+    assert native.compiler_arguments("ccache g++ -m64") == [f"{compiler};-m64", launcher]
+    with pytest.raises(native.BuildError, match="clang"):
+        native.compiler_arguments("ccache clang++")
+
+
+def test_what_failed_is_configured_again(native, tmp_path, monkeypatch):
+    """Also where the settings are those again that worked before."""
+    calls = []
+
+    def run(command):
+        calls.append("build" if "--build" in command else "configure")
+        if "-DBROKEN" in command:
+            raise native.BuildError("no")
+
+    monkeypatch.setattr(native, "run", run)
+    monkeypatch.setattr(native, "cmake_arguments", lambda torch, build, extra: extra)
+    native.configure_and_build(tmp_path, [], "all")
+    native.configure_and_build(tmp_path, [], "all")
+    with pytest.raises(native.BuildError):
+        native.configure_and_build(tmp_path, ["-DBROKEN"], "all")
+    native.configure_and_build(tmp_path, [], "all")
+    assert calls == ["configure", "build", "build", "configure", "configure", "build"]
+
+
+def test_a_library_in_use_is_replaced_and_not_written(native, tmp_path):
+    """A process has it mapped, and would find other code there."""
+    library, target = tmp_path / "build" / "lib" / "new.so", tmp_path / "package" / "new.so"
+    library.parent.mkdir(parents=True)
+    for content in ("old", "new"):
+        library.write_text(content)
+        native.put(library, target)
+        if content == "old":
+            mapped = target.open()
+    assert mapped.read() == "old"
+    mapped.close()
+    assert target.read_text() == "new"
+    assert [path.name for path in target.parent.iterdir()] == ["new.so"]
 
 
 def test_pure_python_needs_no_compiler():

@@ -364,3 +364,25 @@ def test_two_processes(tmp_path):
     import torch.distributed.tensor
 
     torch.multiprocessing.spawn(one_of_two, (str(tmp_path / "rendezvous"),), nprocs=2)
+
+
+@every
+def test_symbolic_trace(name, backend):
+    """One node, as torch.nn's modules are; the graph calls the module itself."""
+    ours, theirs, input = pair(name)
+
+    class Net(torch.nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, input, hx=None):
+            return self.net(input, hx)
+
+    graphs = [torch.fx.symbolic_trace(Net(net)) for net in (ours, theirs)]
+    targets = [[node.target for node in graph.graph.nodes if node.op == "call_module"] for graph in graphs]
+    assert targets == [["net"], ["net"]]
+    same(graphs[0], graphs[1], input)
+    states = leaves(ours(input))[0 if "Cell" in name else 1 :]
+    hx = tuple(states) if "LSTM" in name else states[0]
+    torch.testing.assert_close(graphs[0](input, hx), ours(input, hx), rtol=0, atol=0)

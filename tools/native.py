@@ -40,6 +40,7 @@ except ImportError:  # Windows
 ROOT = Path(__file__).resolve().parent.parent
 MIN_PYTHON = (3, 10)
 MIN_TORCH = (2, 11)
+MINOR = ".".join(map(str, sys.version_info[:2]))  # of this Python, as Debian names its packages
 LINK_TORCH = "2.11.0"  # a plain torch of its registry is built for CUDA
 # -O1 -g1: the tiles are unrolled so far that with -O2 or full debug information a file takes the compiler ten minutes
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g1"
@@ -101,19 +102,40 @@ def find_tool(name: str) -> str:
     return found
 
 
+def words_of(command: str) -> list[str]:
+    """Return a command line's words; at least one."""
+    try:
+        return shlex.split(command) or [command]
+    except ValueError as error:
+        raise BuildError(f"CXX={command!r} is not a command: {error}") from None
+
+
+def compiler_arguments(command: str) -> list[str]:
+    """Return the compiler for CMake: what launches it, and the flags behind it, belong to other variables."""
+    first, *rest = words_of(command)
+    launcher = []
+    if rest and Path(first).name in ("ccache", "sccache", "distcc"):
+        launcher = [f"-DCMAKE_CXX_COMPILER_LAUNCHER={shutil.which(first)}"]
+        first, *rest = rest
+    compiler = shutil.which(first)
+    if compiler is None:
+        raise BuildError(f"C++ compiler not found ({first} of CXX={command!r})")
+    return [f"-DCMAKE_CXX_COMPILER={';'.join([compiler, *rest])}", *launcher]
+
+
 def find_compiler() -> str:
     """Return the C++ compiler's command line (CXX, else c++, g++, clang++), checked to know C++20."""
     hint = f"{install_hint('g++', 'gcc-c++', 'xcode-select --install')}, or set CXX to another compiler"
     asked = os.environ.get("CXX", "").strip()
     names = [asked] if asked else ["c++", "g++", "clang++"]
-    command = next((name for name in names if shutil.which(shlex.split(name)[0])), None)
+    command = next((name for name in names if shutil.which(words_of(name)[0])), None)
     if command is None:
         raise BuildError(f"C++ compiler not found ({', '.join(names)}): {hint}")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
         source.write_text(CXX20_PROBE, encoding="utf-8")
         probe = subprocess.run(
-            [*shlex.split(command), "-std=c++20", "-fsyntax-only", str(source)], capture_output=True, check=False
+            [*words_of(command), "-std=c++20", "-fsyntax-only", str(source)], capture_output=True, check=False
         )
     if probe.returncode != 0:
         raise BuildError(
@@ -123,21 +145,24 @@ def find_compiler() -> str:
 
 
 def check_python() -> None:
-    """Stop unless this Python can make a virtual environment and build an extension."""
+    """Stop unless this Python can build an extension."""
     have = ".".join(map(str, sys.version_info[:3]))
     if sys.version_info < MIN_PYTHON:
         want = ".".join(map(str, MIN_PYTHON))
         raise BuildError(f"{sys.executable} is Python {have}, {want} or newer is needed: make PYTHON=/path/to/python3")
-    minor = ".".join(map(str, sys.version_info[:2]))
+    if wants_native() and not Path(sysconfig.get_path("include"), "Python.h").exists():
+        hint = install_hint(f"python{MINOR}-dev", "python3-devel")
+        raise BuildError(f"Python.h of Python {have} not found: {hint} (or FASTRNN_NATIVE=0 for pure Python)")
+
+
+def check_venv() -> None:
+    """Stop unless this Python can make a virtual environment."""
     try:
         import ensurepip  # noqa: F401
         import venv  # noqa: F401
     except ImportError:
-        hint = install_hint(f"python{minor}-venv", "python3-pip")
+        hint = install_hint(f"python{MINOR}-venv", "python3-pip")
         raise BuildError(f"{sys.executable} has no venv or ensurepip: {hint}") from None
-    if wants_native() and not Path(sysconfig.get_path("include"), "Python.h").exists():
-        hint = install_hint(f"python{minor}-dev", "python3-devel")
-        raise BuildError(f"Python.h of Python {have} not found: {hint} (or FASTRNN_NATIVE=0 for pure Python)")
 
 
 def check() -> None:
@@ -218,7 +243,7 @@ def cmake_arguments(torch: ModuleType, build: Path, extra: list[str]) -> list[st
         "-B", str(build),
         "-G", "Ninja",
         f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
-        f"-DCMAKE_CXX_COMPILER={shutil.which(shlex.split(find_compiler())[0])}",
+        *compiler_arguments(find_compiler()),
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-DFASTRNN_OUTPUT_DIR={build / 'lib'}",
         f"-DFASTRNN_EXT_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}",
@@ -272,6 +297,7 @@ def _configure_and_build(build: Path, extra: list[str], target: str) -> None:
         # CMake keeps a compiler and tools that it found once; what was configured otherwise starts anew.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         shutil.rmtree(build / "CMakeFiles", ignore_errors=True)
+        configured.unlink(missing_ok=True)  # what fails here, or is interrupted, is to be done again
         run([cmake, *arguments])
         configured.write_text(wanted, encoding="utf-8")
     run([cmake, "--build", str(build), "--target", target, "--parallel", jobs()])
@@ -292,11 +318,19 @@ def build_library() -> Path:
     return library
 
 
+def put(library: Path, target: Path) -> None:
+    """Copy a built library, whole: processes that have the old one loaded keep it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with alone_in(library.parent.parent), tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        new = Path(shutil.copy2(library, folder))
+        new.replace(target)
+
+
 def build_in_place() -> None:
     """Put the library beside the Python sources; for a pure Python package, see that none is there."""
     target = ROOT / "fastrnn" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     if wants_native():
-        shutil.copy2(build_library(), target)
+        put(build_library(), target)
     else:
         target.unlink(missing_ok=True)  # one of an earlier build would be loaded
 
@@ -376,6 +410,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         if arguments.command == "check":
+            check_venv()
             check()
         elif arguments.command == "cuda-ops":
             build_cuda_ops()
