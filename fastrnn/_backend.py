@@ -100,44 +100,20 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_without_autocast
-def _reference_layer(
-    cell: str,
-    input: Tensor,
-    hx: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    batch_sizes: Tensor | None,
-    bidirectional: bool,
-    batch_first: bool,
-    need_steps: bool,
-) -> list[Tensor]:
+def _reference_layer(*arguments: Any) -> list[Tensor]:
     """The reference in the native op's place, which has checked all but values."""
+    _, input, hx, _, lengths, _, batch_sizes, _, batch_first, _ = arguments
     if lengths is not None:
         check_lengths_range(lengths, input.shape[1 if batch_first else 0])
     if batch_sizes is not None:
         _check_batch_sizes(batch_sizes, hx[0].shape[1], input.shape[0])
-    return reference.layer(
-        cell, input, hx, weights, lengths, reset, batch_sizes, bidirectional, batch_first, need_steps
-    )
+    return reference.layer(*arguments)
 
 
-def _backward_by_reference(
-    cell: str,
-    grad_outputs: Sequence[Tensor | None],
-    input: Tensor,
-    hx: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    batch_sizes: Tensor | None,
-    output: Tensor,
-    reserve: Tensor,
-    *rest: Any,
-) -> list[Tensor]:
-    return torch.ops.fastrnn.reference_backward(
-        cell, grad_outputs, input, hx, weights, lengths, reset, batch_sizes, *rest
-    )
+def _backward_by_reference(cell: str, *arguments: Any) -> list[Tensor]:
+    """The backward op of a cell, without what it is given of the forward op's results."""
+    before, (_output, _reserve, *rest) = arguments[:7], arguments[7:]
+    return torch.ops.fastrnn.reference_backward(cell, *before, *rest)
 
 
 def initialize() -> None:
