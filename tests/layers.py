@@ -149,7 +149,7 @@ FAULTS = {
     "a packed row has no end": ("cells_forward.cuh", "has(o) && (time_.packed() ? t < length_[r] : length_[r] >= 0);", "has(o) && length_[r] >= 0;", 7),  # noqa: E501
     "no block barrier": ("persistent_backward.cuh", "gpu::syncthreads();", "", 0),
     "blocks do not begin together": ("persistent.cuh", "gpu::cluster_sync();", "gpu::syncthreads();", 0),
-    "no barrier of one block": ("persistent.cuh", "void wait(int s) const {\n    if (!async_) {\n      gpu::syncthreads();", "void wait(int s) const {\n    if (!async_) {", 2),  # noqa: E501
+    "no barrier of one block": ("persistent.cuh", "void wait(int s, bool sends = true) const {\n    if (!async_) {\n      gpu::syncthreads();", "void wait(int s, bool sends = true) const {\n    if (!async_) {", 2),  # noqa: E501
     "wrong parity": ("persistent.cuh", "(s - 1) / 2 % 2", "s / 2 % 2", 0),
     "words are not waited for": ("grid.cuh", "if (!nothing(v)) return;", "return;", 8),
     "sums of some warps": ("grid_forward.cuh", "gpu::syncthreads();\n      if (has_cell) {", "if (has_cell) {", 8),
