@@ -164,7 +164,8 @@ def _plans(module: Any, cell: str, input: Any, data: Tensor, hx: Any, lengths: T
         layers > 1
         and directions == 1
         and not (training or torch.is_autocast_enabled("cpu") or (module.training and module.dropout > 0))
-        and not _watched(given)
+        and not _backend.native.watched()
+        and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in given)  # no subclass, which sees each op
         and _backend.native.side_by_side(
             cell, layers, steps, batch, module.input_size, module.hidden_size, proj_size, dtype, threads, ragged
         )
@@ -189,15 +190,6 @@ def _plans(module: Any, cell: str, input: Any, data: Tensor, hx: Any, lengths: T
         if training:
             lines.append(f"{which}: backward {_words(plan, 'backward_')}")
     return beside, lines
-
-
-def _watched(tensors: list[Tensor]) -> bool:
-    """Whether someone has to see each op: a mode, or a subclass of Tensor."""
-    return (
-        torch._C._len_torch_function_stack() > 0
-        or torch._C._len_torch_dispatch_stack() > 0
-        or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
-    )
 
 
 def _words(plan: dict[str, Any], prefix: str) -> str:

@@ -113,6 +113,7 @@ void bind_layers(py::module_& m) {
     bind(cells, kind, cell<kind>);
     bind(stacks, kind, stack<kind>);
   });
+  m.def("watched", &watched);
   m.attr("layers") = layers;
   m.attr("cells") = cells;
   m.attr("stacks") = stacks;

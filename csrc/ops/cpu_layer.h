@@ -35,13 +35,6 @@ Tensor as(const Tensor& t) {
   return t.defined() ? to_type(t, scalar_type<T>).contiguous() : t;
 }
 
-inline Tensors contiguous(TensorList tensors) {
-  Tensors result;
-  result.reserve(tensors.size());
-  for (const Tensor& t : tensors) result.push_back(t.contiguous());
-  return result;
-}
-
 // f(first, last) over the steps, or rows, on all threads where the `bytes` of each make it worth it.
 template <class F>
 void for_steps(int64_t steps, int64_t bytes, const F& f) {

@@ -108,7 +108,6 @@ std::optional<Tensors> layers_side_by_side(CellKind kind, int64_t layers, const 
                                            TensorList weights, const OptionalTensor& lengths,
                                            const OptionalTensor& reset, const OptionalTensor& batch_sizes,
                                            bool batch_first) {
-  if (!may_run_side_by_side(layers, input, batch_first)) return std::nullopt;
   // what is wrong with the number of tensors, or their sizes, is said where layers are called each
   if (weights.empty() || weights.size() % layers != 0) return std::nullopt;
   for (const Tensor& state : hx) {

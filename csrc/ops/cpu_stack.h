@@ -12,8 +12,9 @@ bool may_run_side_by_side(int64_t layers, const Tensor& input, bool batch_first)
 
 // All layers of a stack of one direction at once, each on a thread of its own some steps behind the one below, where that
 // is faster than one after another and nobody wants more of the call than its results: no gradient, no transform, no
-// autocast. Returns output, and h_n and c_n of all layers; nothing, and has done nothing, where the layers had better be
-// called each. hx: none, or of each state [L, N, *]; weights: layer by layer.
+// autocast. To be called where may_run_side_by_side says so. Returns output, and h_n and c_n of all layers; nothing, and
+// has done nothing, where the layers had better be called each. hx: none, or of each state [L, N, *]; weights: layer by
+// layer.
 std::optional<Tensors> layers_side_by_side(CellKind kind, int64_t layers, const Tensor& input, TensorList hx,
                                            TensorList weights, const OptionalTensor& lengths,
                                            const OptionalTensor& reset, const OptionalTensor& batch_sizes,

@@ -68,6 +68,13 @@ Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   return options.device().is_cpu() ? at::cpu::empty(sizes, options) : at::empty(sizes, options);
 }
 
+Tensors contiguous(TensorList tensors) {
+  Tensors result;
+  result.reserve(tensors.size());
+  for (const Tensor& t : tensors) result.push_back(t.contiguous());
+  return result;
+}
+
 Tensor readable_gradient(const OptionalTensor& grad) {
   // the dispatcher makes plain tensors of its own of inputs and weights, but not of tensors in a list of optional ones
   return !grad || !grad->defined() || grad->_is_zerotensor() ? Tensor() : grad->resolve_neg();

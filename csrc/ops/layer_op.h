@@ -29,6 +29,8 @@ Storage storage_of(const Tensor& t);
 // at::empty, on the CPU without the dispatcher: a small layer takes less time than a few calls through it.
 Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options);
 
+Tensors contiguous(TensorList tensors);
+
 // The data of a tensor, null where it is undefined or has none.
 template <class T>
 const T* data(const Tensor& t) {

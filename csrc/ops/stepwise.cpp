@@ -20,13 +20,6 @@ namespace {
 const void* pointer(const Tensor& t) { return t.defined() && t.numel() > 0 ? t.const_data_ptr() : nullptr; }
 void* mutable_pointer(const Tensor& t) { return t.defined() && t.numel() > 0 ? t.mutable_data_ptr() : nullptr; }
 
-Tensors contiguous(TensorList tensors) {
-  Tensors result;
-  result.reserve(tensors.size());
-  for (const Tensor& t : tensors) result.push_back(t.contiguous());
-  return result;
-}
-
 // out = a b, matrices or batches of them. 16-bit operands have a float32 product: it is a sum.
 void product(Tensor out, const Tensor& a, const Tensor& b) {
   const bool matrices = out.dim() == 2;
